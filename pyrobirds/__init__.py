@@ -1,0 +1,54 @@
+"""pyrobirds: calibrates simulators to data by generalised variational inference, in Pyro.
+
+A :class:`~pyrobirds.simulators.Simulator` called with parameters is a Pyro distribution: drawing from it runs the
+user's simulator, and its log-probability of the observed data is minus the user's loss.
+:class:`~pyrobirds.GeneralizedELBO` is a Pyro loss that fits any guide to such a model by minimising the expected loss
+plus ``w`` times the divergence of the guide from the prior.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyrobirds import divergences, losses, models, simulators
+    from pyrobirds.elbo import GeneralizedELBO
+    from pyrobirds.fitting import FitResult, fit
+    from pyrobirds.simulators.simulator import Simulator
+    from pyrobirds.tempering import tempered
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "FitResult",
+    "GeneralizedELBO",
+    "Simulator",
+    "divergences",
+    "fit",
+    "losses",
+    "models",
+    "simulators",
+    "tempered",
+]
+
+# Names load their modules when first used: torch and Pyro take seconds to import, and a reader of results needs neither.
+_HOME = {
+    "FitResult": "pyrobirds.fitting",
+    "GeneralizedELBO": "pyrobirds.elbo",
+    "Simulator": "pyrobirds.simulators.simulator",
+    "fit": "pyrobirds.fitting",
+    "tempered": "pyrobirds.tempering",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name in __all__:
+        return import_module(f"pyrobirds.{name}")
+    raise AttributeError(f"module 'pyrobirds' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

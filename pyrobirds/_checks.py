@@ -1,0 +1,51 @@
+"""Checks of what users pass in: each names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+import torch
+
+
+def positive_int(name: str, value: object) -> int:
+    """Return ``value`` as an int of at least 1, or raise."""
+    return _int_of_at_least(1, name, value)
+
+
+def non_negative_int(name: str, value: object) -> int:
+    """Return ``value`` as an int of at least 0, or raise."""
+    return _int_of_at_least(0, name, value)
+
+
+def _int_of_at_least(least: int, name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return int(value)
+
+
+def non_negative(name: str, value: object) -> float:
+    """Return ``value`` as a finite float of at least 0, or raise."""
+    if isinstance(value, torch.Tensor) and value.dim() == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number of at least 0, got {value!r}")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+    return float(value)
+
+
+def positive(name: str, value: object) -> float:
+    """Return ``value`` as a finite float above 0, or raise."""
+    number = non_negative(name, value)
+    if number == 0:
+        raise ValueError(f"{name} must be above 0, got {value!r}")
+    return number
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape as users write it: ``(10, 100)``."""
+    return str(tuple(shape))

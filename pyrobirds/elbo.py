@@ -1,0 +1,324 @@
+"""The objective of generalised variational inference as a Pyro loss."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro.distributions.score_parts import ScoreParts
+from pyro.distributions.util import is_identically_zero, scale_and_mask
+from pyro.infer import ELBO
+from pyro.infer.util import is_validation_enabled, torch_item
+from pyro.poutine import Trace
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape, warn_if_nan
+from torch import Tensor
+
+from pyrobirds import _checks, closed_forms, dependence
+from pyrobirds.dependence import Dependence, Names
+from pyrobirds.divergences import KL, Divergence
+from pyrobirds.score_function import Cost, score_function_term
+
+Fn = Callable[..., Any]
+
+
+class Terms(NamedTuple):
+    """The terms of one evaluation of the objective: scalars without graph."""
+
+    loss: Tensor
+    divergence: Tensor  # already times w
+    total: Tensor
+
+
+class _Evaluation(NamedTuple):
+    """The share of one pair of traces in the objective, already divided by the number of particles."""
+
+    loss: Tensor
+    divergence: Tensor
+    surrogate: Tensor  # its gradient is the estimate of the objective's
+    has_params: bool
+
+
+class _Pass(NamedTuple):
+    """Which particles are drawn, and what they are used for."""
+
+    num_particles: int
+    loss: bool
+    divergence: bool
+
+
+class GeneralizedELBO(ELBO):
+    r"""The objective of generalised variational inference.
+
+    .. math:: E_q\Bigl[\sum_i \ell(\theta, y_i)\Bigr] + w \, D(q \| \pi)
+
+    to be minimised over the guide :math:`q`. An observed site contributes :math:`\ell = -\log p(y_i | \theta)`, be it a
+    Simulator, an ordinary likelihood or a ``pyro.factor``; latent sites make up the divergence from the prior
+    :math:`\pi`. With ``w=1`` the objective is that of :class:`pyro.infer.Trace_ELBO`. Under the Kullback-Leibler
+    divergence the optimum over all q is proportional to :math:`\pi(\theta) \exp(-E[\ell(\theta, y)] / w)`; in the words
+    of the generalised-Bayes literature the learning rate is :math:`1/w`.
+
+    It is used like Pyro's own ELBOs, in :class:`pyro.infer.SVI` or as a torch module ``elbo(model, guide)``.
+    Reparameterised latents get pathwise gradients, others the score function with Pyro's plate-wise
+    Rao-Blackwellisation.
+
+    Source: Knoblauch, Jewson and Damoulas, "Generalized Variational Inference", https://arxiv.org/abs/1904.02063,
+    definition 2; the weight of the divergence as in section 2.3 (power likelihoods).
+
+    Args:
+        w: weight of the divergence, in units of the loss: a number of at least 0, or a callable that takes the number of
+            gradient evaluations so far and returns one.
+        divergence: how far q is from the prior; so far :class:`~pyrobirds.divergences.KL` alone.
+        num_particles: how many draws of the guide estimate the objective.
+        vectorize_particles: draw all particles in one batch. Needs a model and a guide that declare their batch
+            dimensions by ``pyro.plate``.
+        max_plate_nesting: how deep plates nest, particles not counted; guessed by one extra run if not given.
+        **options: further keywords of :class:`pyro.infer.ELBO`.
+
+    Attributes:
+        terms: :class:`Terms` ``(loss, divergence, total)`` of the last evaluation, or None before the first.
+        step: how many gradients were evaluated, which is what a callable ``w`` is called with.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro.infer import SVI
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> from pyro.optim import Adam
+        >>> def model(y):
+        ...     theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+        >>> elbo = GeneralizedELBO(w=2.0)
+        >>> svi = SVI(model, AutoNormal(model), Adam({"lr": 0.05}), loss=elbo)
+        >>> total = svi.step(torch.tensor(1.0))
+        >>> bool(elbo.terms.total == elbo.terms.loss + elbo.terms.divergence)
+        True
+    """
+
+    def __init__(
+        self,
+        w: float | Callable[[int], float] = 1.0,
+        *,
+        divergence: Divergence = KL(),
+        num_particles: int = 10,
+        vectorize_particles: bool = True,
+        max_plate_nesting: float = float("inf"),
+        **options: Any,
+    ) -> None:
+        self.w = w if callable(w) else _checks.non_negative("w", w)
+        if not isinstance(divergence, KL):
+            raise TypeError(f"divergence must be a pyrobirds.divergences.KL, got {divergence!r}")
+        self.divergence = divergence
+        num_particles = _checks.positive_int("num_particles", num_particles)
+        # Pyro reserves a dimension for the particles if there are several; the divergence's may be the only ones.
+        most_particles = max(num_particles, self.divergence.num_particles or 1)
+        super().__init__(
+            num_particles=most_particles,
+            vectorize_particles=vectorize_particles,
+            max_plate_nesting=max_plate_nesting,
+            **options,
+        )
+        self.num_particles = num_particles
+        self.terms: Terms | None = None
+        self.step = 0
+        self._analysed: tuple[Fn, Fn, Dependence] | None = None
+
+    def loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> float:
+        """Estimate the objective."""
+        parts = self._evaluate(self._weight(), model, guide, args, kwargs)
+        return _as_float(self._record([_values(part) for part in parts]).total)
+
+    def loss_and_grads(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> float:
+        """Estimate the objective, and add its gradient to the ``grad`` of every parameter."""
+        values = []
+        for part in self._evaluate(self._weight(), model, guide, args, kwargs):
+            if part.has_params and part.surrogate.requires_grad:
+                part.surrogate.backward(retain_graph=self.retain_graph)
+            values.append(_values(part))
+        self.step += 1
+        return _as_float(self._record(values).total)
+
+    def differentiable_loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> Tensor:
+        """Estimate the objective by a scalar whose gradient estimates the objective's gradient."""
+        parts = list(self._evaluate(self._weight(), model, guide, args, kwargs))
+        self.step += 1
+        terms = self._record([_values(part) for part in parts])
+        surrogate = _total([part.surrogate for part in parts])
+        if is_validation_enabled():
+            warn_if_nan(surrogate, "loss")
+        return terms.total + (surrogate - surrogate.detach())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_analysed": None}  # model and guide are not the ELBO's to store
+
+    def _weight(self) -> float:
+        return _checks.non_negative(f"w at step {self.step}", self.w(self.step)) if callable(self.w) else self.w
+
+    def _record(self, values: list[tuple[Tensor, Tensor]]) -> Terms:
+        loss, divergence = (_total(list(term)) for term in zip(*values, strict=True))
+        self.terms = Terms(loss, divergence, loss + divergence)
+        return self.terms
+
+    def _evaluate(
+        self, w: float, model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[_Evaluation]:
+        """Yield shares that add up to the objective. No value of a tensor is looked at here unless Pyro validates."""
+        if self.vectorize_particles and self.max_plate_nesting == float("inf"):
+            self._guess_max_plate_nesting(model, guide, args, kwargs)
+        for used_for in self._passes():
+            n = used_for.num_particles
+            for batch in [n] if self.vectorize_particles else [1] * n:
+                particles = _particles(batch, self.max_plate_nesting)
+                model_trace, guide_trace = self._get_trace(particles(model), particles(guide), args, kwargs)
+                known = Dependence()
+                if self.divergence.analytic or not all(site["fn"].has_rsample for site in _sample_sites(guide_trace)):
+                    known = self._dependence(model, guide, args, kwargs)
+                yield self._score(used_for, batch, w, model_trace, guide_trace, known)
+
+    def _passes(self) -> list[_Pass]:
+        extra = self.divergence.num_particles
+        if extra is None:
+            return [_Pass(self.num_particles, loss=True, divergence=True)]
+        return [_Pass(self.num_particles, loss=True, divergence=False), _Pass(extra, loss=False, divergence=True)]
+
+    def _get_trace(
+        self, model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Trace, Trace]:
+        """Trace model and guide, without scoring them."""
+        model_trace, guide_trace = dependence.run(model, guide, args, kwargs)
+        if is_validation_enabled():
+            check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
+        return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+    def _dependence(self, model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dependence:
+        if self._analysed is None or self._analysed[:2] != (model, guide):
+            try:
+                known = dependence.analyse(model, guide, args, kwargs)
+            except Exception as error:  # whatever a user's code raises there: Monte Carlo needs to know nothing
+                warnings.warn(
+                    "the divergence is estimated by Monte Carlo alone, because how the latents depend on each other could "
+                    f"not be found out ({type(error).__name__}: {error})",
+                    stacklevel=2,
+                )
+                known = Dependence()
+            self._analysed = (model, guide, known)
+        return self._analysed[2]
+
+    def _score(
+        self, used_for: _Pass, batch: int, w: float, model_trace: Trace, guide_trace: Trace, known: Dependence
+    ) -> _Evaluation:
+        closed: dict[str, Names] = {}
+        if used_for.divergence and self.divergence.analytic:
+            closed = _score_in_closed_form(model_trace, guide_trace, known)
+        model_trace.compute_log_prob(lambda _, site: used_for.loss if site["is_observed"] else used_for.divergence)
+        guide_trace.compute_score_parts()
+        sites, guide_sites = _sample_sites(model_trace), _sample_sites(guide_trace)
+        if is_validation_enabled():
+            for site in (*sites, *guide_sites):
+                if "log_prob" in site:
+                    check_site_shape(site, self.max_plate_nesting)
+            check_if_enumerated(guide_trace)
+
+        observed = [site for site in sites if used_for.loss and site["is_observed"]]
+        latent = [site for site in sites if used_for.divergence and not site["is_observed"]]
+        drawn = guide_sites if used_for.divergence else []
+
+        share = 1 / used_for.num_particles
+        loss = _total([site["log_prob_sum"] for site in observed]) * -share
+        # The Kullback-Leibler divergence adds over sites, so that sums over particles are all it needs.
+        log_q, log_p = _total([_pathwise_sum(site) for site in drawn]), _total([site["log_prob_sum"] for site in latent])
+        divergence = (log_q - log_p) * (w * share)
+        surrogate = loss + divergence
+        scored = [site for site in guide_sites if not is_identically_zero(site["score_parts"].score_function)]
+        if scored:
+            costs = [Cost(site["cond_indep_stack"], -site["log_prob"], None) for site in observed]
+            costs += [Cost(site["cond_indep_stack"], -w * site["log_prob"], closed.get(site["name"])) for site in latent]
+            for site in drawn:
+                name = site["name"]
+                depends_on = closed.get(name)
+                if name not in closed and name not in model_trace and name in known.guide:
+                    depends_on = known.guide[name] | {name}
+                costs.append(Cost(site["cond_indep_stack"], w * site["log_prob"], depends_on))
+            surrogate = surrogate + share * score_function_term(costs, scored)
+        return _Evaluation(
+            loss=loss,
+            divergence=divergence,
+            surrogate=surrogate,
+            has_params=any(node["type"] == "param" for trace in (model_trace, guide_trace) for node in trace.nodes.values()),
+        )
+
+
+def _particles(batch: int, max_plate_nesting: float) -> Callable[[Fn], Fn]:
+    """Wraps a function so that it draws a whole batch of particles at once."""
+    if batch == 1:
+        return lambda fn: fn
+    return pyro.plate("num_particles_vectorized", batch, dim=-int(max_plate_nesting))
+
+
+def _sample_sites(trace: Trace) -> list[Any]:
+    return [site for site in trace.nodes.values() if site["type"] == "sample"]
+
+
+def _values(evaluation: _Evaluation) -> tuple[Tensor, Tensor]:
+    return evaluation.loss.detach(), evaluation.divergence.detach()
+
+
+def _as_float(total: Tensor) -> float:
+    """The one place where a step waits for its result."""
+    value = torch_item(total)
+    warn_if_nan(value, "loss")
+    return value
+
+
+def _total(terms: list[Tensor]) -> Tensor:
+    return sum(terms[1:], terms[0]) if terms else torch.zeros(())
+
+
+def _pathwise_sum(site: Any) -> Tensor:
+    """The summed log-density, with the part of its gradient that does not vanish in expectation."""
+    parts: ScoreParts = site["score_parts"]
+    if parts.entropy_term is parts.log_prob:
+        return site["log_prob_sum"]
+    value = site["log_prob_sum"].detach()
+    if is_identically_zero(parts.entropy_term):
+        return value
+    pathwise = parts.entropy_term.sum()
+    return value + (pathwise - pathwise.detach())
+
+
+def _score_in_closed_form(model_trace: Trace, guide_trace: Trace, known: Dependence) -> dict[str, Names]:
+    """Give sites their expected log-density under the guide instead of that of the draw, where it is known.
+
+    Returns:
+        By name of a site so scored, the latents on which its score depends.
+    """
+    closed: dict[str, Names] = {}
+    for latent, parts in known.closed.items():
+        if latent not in guide_trace or not all(name in model_trace and name in guide_trace for name in parts):
+            continue  # the structure changes from run to run
+        drawn = guide_trace.nodes[latent]
+        q, own = drawn["fn"], closed_forms.expected_own_log_prob(drawn["fn"])
+        under = {}
+        for name, index in parts.items():
+            p = model_trace.nodes[name]["fn"]
+            if index is None:
+                under[name] = closed_forms.expected_log_prob(p, q)
+            else:
+                under[name] = closed_forms.expected_log_prob_of_part(p, q, index, guide_trace.nodes[name]["value"].shape)
+        if own is None or any(expected is None for expected in under.values()):
+            continue
+        own = scale_and_mask(own, drawn["scale"], drawn["mask"])
+        score = 0 if closed_forms.is_gaussian(q) and q.has_rsample else q.score_parts(drawn["value"]).score_function
+        drawn.update(log_prob=own, log_prob_sum=own.sum(), score_parts=ScoreParts(own, score, own))
+        closed[latent] = known.guide[latent]
+        for name, expected in under.items():
+            site = model_trace.nodes[name]
+            expected = scale_and_mask(expected, site["scale"], site["mask"])
+            site.update(log_prob=expected, log_prob_sum=expected.sum())
+            closed[name] = known.guide[latent] | known.prior[name]
+    return closed

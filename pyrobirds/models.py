@@ -1,0 +1,53 @@
+"""Ready Pyro models: the parameter sites with their priors and the simulator site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import pyro
+import pyro.distributions as dist
+from torch import Tensor
+
+from pyrobirds import losses, simulators
+from pyrobirds.simulators import Simulator
+
+
+@lru_cache
+def _walk(n_timesteps: int, tau: float, loss: Callable[[Tensor, Tensor], Tensor]) -> Simulator:
+    # One Simulator for all calls of the model, so that its contract is checked once and not at every step.
+    return Simulator(simulators.random_walk, loss=loss, n_timesteps=n_timesteps, tau=tau)
+
+
+def random_walk(
+    y: Tensor | None = None,
+    *,
+    n_timesteps: int = 100,
+    tau: float = 0.5,
+    loss: Callable[[Tensor, Tensor], Tensor] = losses.mse,
+) -> Tensor:
+    r"""The random walk with a Gaussian prior on the log-odds of a step upwards.
+
+    .. math:: \theta \sim N(0, 1), \qquad x \sim \mathrm{random\_walk}(\theta).
+
+    Sites: ``theta``, log-odds, scalar; ``x``, the walk, shape ``(n_timesteps,)``, in steps.
+
+    Args:
+        y: the observed walk, shape ``(n_timesteps,)``; NaN where missing. Without it the model draws a walk.
+        n_timesteps: number of values of the walk, the first, 0, included.
+        tau: temperature of the straight-through gradient; see :func:`pyrobirds.simulators.random_walk`.
+        loss: compares a simulated walk with the observed one; see :mod:`pyrobirds.losses`. Must be hashable, as functions
+            are.
+
+    Example:
+        >>> from pyro.infer import SVI
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> from pyro.optim import Adam
+        >>> from pyrobirds import GeneralizedELBO, models
+        >>> y = models.random_walk()
+        >>> svi = SVI(models.random_walk, AutoNormal(models.random_walk), Adam({"lr": 0.05}), GeneralizedELBO(w=100))
+        >>> svi.step(y) > 0
+        True
+    """
+    theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    return pyro.sample("x", _walk(n_timesteps, tau, loss)(theta), obs=y)

@@ -1,0 +1,6 @@
+"""Simulators: what turns a user's function into a Pyro distribution, and reference simulators, batched over draws."""
+
+from pyrobirds.simulators.random_walk import random_walk
+from pyrobirds.simulators.simulator import Simulator
+
+__all__ = ["Simulator", "random_walk"]

@@ -1,0 +1,90 @@
+"""The contract between a Simulator, the user's function and the user's loss; each violation has its own message."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrobirds._checks import shape_text
+
+
+def check_shape(what: str, x: Any, n: int, event_dim: int, batched: bool) -> Tensor:
+    """``x`` if it is ``(n, *event)`` with ``event_dim`` dimensions after the batch, else an error."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{what} is a {type(x).__name__}, expected a torch tensor")
+    if x.dim() == 1 + event_dim and x.shape[0] == n:
+        return x
+    expected = ", ".join([str(n), *["..."] * event_dim])
+    remedy = (
+        "put the batch of draws in front, or pass batched=False if the function simulates ONE draw, or set event_dim"
+        if batched
+        else "set event_dim to the number of dimensions of ONE draw"
+    )
+    raise ValueError(
+        f"{what} has shape {shape_text(x.shape)}, expected ({expected}), that is {n} draws and event_dim={event_dim} "
+        f"dimensions for each: {remedy}"
+    )
+
+
+def check_finite(what: str, x: Tensor) -> None:
+    """Raise unless all of ``x``, ``(B, *event)``, is finite."""
+    bad = ~x.isfinite().reshape(len(x), -1).all(1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"{what} is not finite (NaN or infinity) in {int(bad.sum())} of {len(x)} draws of its first run: mend the "
+            "simulator, or choose a prior that does not reach parameters which it cannot take"
+        )
+
+
+def check_gradient(what: str, results: Sequence[Tensor], inputs: dict[str, Tensor]) -> None:
+    """Raise unless ``results`` together depend differentiably on each of ``inputs``; warn if all gradients are zero."""
+    smooth = [x for x in results if x.requires_grad]
+    # Weights that differ, because outputs that add up to a constant have a gradient nevertheless.
+    weights = [torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape) for x in smooth]
+    gradients: Sequence[Tensor | None] = [None] * len(inputs)
+    if smooth:
+        gradients = torch.autograd.grad(smooth, [*inputs.values()], weights, retain_graph=True, allow_unused=True)
+    found = {name: gradient for name, gradient in zip(inputs, gradients, strict=True) if gradient is not None}
+    if lost := [name for name in inputs if name not in found]:
+        raise ValueError(
+            f"{what} does not depend differentiably on {', '.join(map(repr, lost))}: compute it by torch operations that "
+            "keep the graph (no .item(), .detach(), torch.tensor(theta) or NumPy), and draw discrete choices from a "
+            "relaxation such as pyrobirds.simulators.relaxations.bernoulli"
+        )
+    if not any(bool(gradient.any()) for gradient in found.values()):
+        warnings.warn(
+            f"the gradient of {what} is zero in all of {', '.join(map(repr, found))} at the first run: rounding and "
+            "comparisons pass no gradient on",
+            stacklevel=2,
+        )
+
+
+def check_loss(what: str, value: Any, n: int, remedy: str) -> Tensor:
+    """``value`` if it is one loss for each of ``n`` draws, else an error."""
+    if isinstance(value, Tensor) and value.shape == (n,):
+        return value
+    came = f"shape {shape_text(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    raise ValueError(f"{what} returned {came}, expected shape ({n},), one loss for each draw: {remedy}")
+
+
+def expand_data(what: str, y: Any, event_shape: torch.Size, batch_shape: torch.Size) -> Tensor:
+    """The data ``y`` expanded to ``(B, *event)``; its batch dimensions must be those that ``batch_shape`` ends in."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"the data of {what} must be a torch tensor, got {type(y).__name__}")
+    n_batch_dims = y.dim() - len(event_shape)
+    if n_batch_dims < 0 or y.shape[n_batch_dims:] != event_shape:
+        raise ValueError(
+            f"the data of {what} has shape {shape_text(y.shape)}, but one draw of the simulator has shape "
+            f"{shape_text(event_shape)}: make them equal, e.g. by the simulator's number of time steps"
+        )
+    if n_batch_dims > len(batch_shape) or y.shape[:n_batch_dims] != batch_shape[len(batch_shape) - n_batch_dims :]:
+        raise ValueError(
+            f"the data of {what} has batch shape {shape_text(y.shape[:n_batch_dims])}, which is not what the batch shape "
+            f"{shape_text(batch_shape)} of its parameters and plates ends in: put several series into a pyro.plate, and "
+            "give one series no dimension in front of its event"
+        )
+    return y.expand(batch_shape + event_shape).reshape(batch_shape.numel(), *event_shape)

@@ -1,0 +1,304 @@
+"""A user's simulator as a Pyro distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from pyrobirds import _checks
+from pyrobirds._rng import forked_rng
+from pyrobirds.simulators import contract
+from pyrobirds.simulators.parameters import EventDims, Parameters, Theta
+from pyrobirds.simulators.unbatched import Unbatched
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+_INSIDE = object()  # in place of a loss: the function is a loss that simulates inside itself
+
+
+class Simulator:
+    r"""A simulator with a loss, which becomes a Pyro distribution when it is called with parameters.
+
+    Drawing from the distribution runs the simulator; its log-probability of data y is :math:`-\ell(x, y)` of a fresh run
+    x. Nothing runs before: a guide can be set up, a divergence estimated and the prior drawn without a simulation.
+
+    ``fn`` and ``loss`` always see ONE batch dimension B, whatever the plates: parameters ``(B, *their event)``, x and y
+    ``(B, *event)``. Parameters are broadcast to a common batch and flattened; y is expanded to it. Every other mismatch
+    of shapes is an error.
+
+    Args:
+        fn: the simulator: tensors of parameters in, a tensor out, or a dict of tensors, one for each output.
+        loss: ``(x, y) -> (B,)``, see :mod:`pyrobirds.losses`; a dict of them by output if ``fn`` returns a dict.
+        batched: whether ``fn`` takes a batch of draws. A function of ONE draw is called through :func:`torch.vmap`, or
+            in a loop where vmap cannot take it (a warning says so).
+        theta_event_dims: how many rightmost dimensions of a parameter belong to one draw (0 for scalars, 1 for
+            vectors): one number for all of them, a sequence in the order of ``fn``'s parameters, or a dict by name.
+        event_dim: how many dimensions of the output belong to one draw (1 for a time series), or a dict by output.
+        seed: freezes the noise of the runs that are scored: the log-probability is then deterministic for a fixed batch
+            shape (each place in the batch has its own noise). Draws stay random.
+        **settings: further arguments of ``fn``, the same at every call. For a name that clashes with one above take
+            :func:`functools.partial`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, or ``fn`` does not take a setting. The first run checks
+            the contract: batch in front, finite, of the data's shape, depending differentiably on the parameters.
+
+    A dict of outputs makes several sites that share one run. A run serves each output once; a second request simulates
+    again::
+
+        run = sir(theta)
+        pyro.sample("infected", run["infected"], obs=infected)
+        pyro.sample("recovered", run["recovered"], obs=recovered)
+
+    Example:
+        >>> from pyrobirds import losses
+        >>> from pyrobirds.simulators import random_walk
+        >>> walk = Simulator(random_walk, loss=losses.mse, n_timesteps=20)
+        >>> site = walk(torch.zeros(4))
+        >>> site.batch_shape, site.sample().shape, site.log_prob(torch.zeros(20)).shape
+        (torch.Size([4]), torch.Size([4, 20]), torch.Size([4]))
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        loss: Loss | Mapping[str, Loss],
+        *,
+        batched: bool = True,
+        theta_event_dims: EventDims = 0,
+        event_dim: int | Mapping[str, int] = 1,
+        seed: int | None = None,
+        **settings: Any,
+    ) -> None:
+        losses = loss if isinstance(loss, Mapping) else {None: loss}
+        if not losses or not all(callable(one) or one is _INSIDE for one in losses.values()):
+            raise TypeError(f"loss must be a callable (x, y) -> (B,), or a dict of them by output, got {loss!r}")
+        self.name = _name(fn)
+        self.losses: dict[str | None, Any] = dict(losses)
+        self.scores_inside = loss is _INSIDE
+        self.event_dims = _event_dims(event_dim, tuple(losses))
+        self.event_shapes: dict[str | None, torch.Size] = {}  # as of the last run
+        self.seed = None if seed is None else _checks.non_negative_int("seed", seed)
+        self._batched = batched
+        self._parameters = Parameters(self.name, fn, settings, theta_event_dims, data_last=self.scores_inside)
+        with_settings = partial(fn, **settings)
+        self._fn = with_settings if batched else Unbatched(with_settings, self.name)
+        self._checked_values = False
+        self._checked_gradient = False
+
+    @classmethod
+    def from_loss(
+        cls,
+        loss: Callable[..., Tensor],
+        *,
+        batched: bool = True,
+        theta_event_dims: EventDims = 0,
+        event_dim: int = 1,
+        seed: int | None = None,
+        **settings: Any,
+    ) -> Simulator:
+        """Make a simulator of a loss that simulates inside itself.
+
+        Such a site can be scored, not drawn: there is no output to draw.
+
+        Args:
+            loss: parameters in the order of the call, the data y as the last parameter that is not a setting; returns
+                ``(B,)``, or a scalar if ``batched=False``.
+            batched: whether ``loss`` takes a batch of draws; a loss of ONE draw gets one y of shape ``event``.
+            theta_event_dims: as for :class:`Simulator`.
+            event_dim: how many dimensions of y belong to one draw.
+            seed: as for :class:`Simulator`.
+            **settings: further arguments of ``loss``.
+
+        Example:
+            >>> def loss(theta, y):
+            ...     x = theta + torch.randn(())
+            ...     return torch.nn.functional.mse_loss(x, y)
+            >>> site = Simulator.from_loss(loss, batched=False, event_dim=0)(torch.zeros(4))
+            >>> site.log_prob(torch.tensor(1.0)).shape
+            torch.Size([4])
+        """
+        return cls(
+            loss,
+            _INSIDE,  # type: ignore[arg-type]
+            batched=batched,
+            theta_event_dims=theta_event_dims,
+            event_dim=event_dim,
+            seed=seed,
+            **settings,
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Bind parameters: a distribution, or a dict of them that share one run if there are several outputs."""
+        run = Run(self, self._parameters.bind(args, kwargs))
+        return run.site(None) if None in self.losses else run
+
+    def __repr__(self) -> str:
+        return f"Simulator({self.name})"
+
+    def simulate(self, theta: Theta, batch_shape: torch.Size, *, scored: bool) -> dict[str | None, Tensor]:
+        """Run the function once for a whole batch; returns x by output, ``(B, *event)``."""
+        if self.scores_inside:
+            raise ValueError(
+                f"a site of Simulator.from_loss({self.name}) can be scored but not drawn, for it has no output: pass the "
+                "data, or make it of a simulator and a loss, Simulator(fn, loss)"
+            )
+        flat = theta.flat(batch_shape)
+        args, kwargs = theta.arguments(flat)
+        with self._noise(scored):
+            result = self._fn(*args, **kwargs)
+        outputs = {}
+        for output, x in self._by_output(result).items():
+            what = f"what {self.name} returned" if output is None else f"output {output!r} of {self.name}"
+            outputs[output] = contract.check_shape(what, x, batch_shape.numel(), self.event_dims[output], self._batched)
+            self.event_shapes[output] = x.shape[1:]
+            if not self._checked_values:
+                contract.check_finite(what, x)
+        self._checked_values = True
+        if scored:
+            self._check_gradient([*outputs.values()], theta, flat)
+        return outputs
+
+    def score(self, run: Run, output: str | None, batch_shape: torch.Size, y: Tensor) -> Tensor:
+        """The loss of a fresh run, ``(B,)``."""
+        what = f"a site of {self!r}" if output is None else f"the site of output {output!r} of {self!r}"
+        if self.scores_inside:
+            return self._score_inside(what, run.theta, batch_shape, y)
+        x = run.take(output, batch_shape, scored=True)
+        y = contract.expand_data(what, y, x.shape[1:], batch_shape)
+        loss = self.losses[output]
+        remedy = "reduce over the event only, e.g. by .mean(-1)"
+        return contract.check_loss(f"the loss {_name(loss)!r} of {what}", loss(x, y), batch_shape.numel(), remedy)
+
+    def _score_inside(self, what: str, theta: Theta, batch_shape: torch.Size, y: Tensor) -> Tensor:
+        event_dim = self.event_dims[None]
+        event_shape = y.shape[max(0, y.dim() - event_dim) :] if isinstance(y, Tensor) else torch.Size()
+        if len(event_shape) < event_dim:
+            raise ValueError(
+                f"the data of {what} has shape {tuple(event_shape)}, but event_dim={event_dim}: set event_dim to the number "
+                "of its dimensions"
+            )
+        y = contract.expand_data(what, y, event_shape, batch_shape)
+        flat = theta.flat(batch_shape)
+        args, kwargs = theta.arguments(flat)
+        with self._noise(scored=True):
+            value = self._fn(*args, **kwargs, **{self._parameters.data_name: y})
+        remedy = "a loss of ONE draw needs batched=False" if self._batched else "return a scalar"
+        value = contract.check_loss(self.name, value, batch_shape.numel(), remedy)
+        self._check_gradient([value], theta, flat)
+        return value
+
+    def _noise(self, scored: bool) -> AbstractContextManager[None]:
+        return forked_rng(self.seed) if scored and self.seed is not None else nullcontext()
+
+    def _by_output(self, result: Any) -> dict[str | None, Any]:
+        if None in self.losses:
+            if isinstance(result, Mapping):
+                raise ValueError(
+                    f"{self.name} returned a dict of the outputs {sorted(result)}: pass a loss for each of them, "
+                    f"loss={{{sorted(result)[0]!r}: ..., }}"
+                )
+            return {None: result}
+        came = f"a dict of {sorted(result)}" if isinstance(result, Mapping) else f"a {type(result).__name__}"
+        if not isinstance(result, Mapping) or not set(self.losses) <= set(result):
+            raise ValueError(f"{self.name} returned {came}, but its losses are for the outputs {[*self.losses]}")
+        return {output: result[output] for output in self.losses}
+
+    def _check_gradient(self, results: list[Tensor], theta: Theta, flat: list[Tensor]) -> None:
+        inputs = {name: tensor for name, tensor in zip(theta.names, flat, strict=True) if tensor.requires_grad}
+        if inputs and not self._checked_gradient:
+            contract.check_gradient(f"what {self.name} returns", results, inputs)
+            self._checked_gradient = True
+
+
+class Run(Mapping[str, "SimulatorSite"]):
+    """Parameters bound to a simulator: its sites by output, which share a simulation."""
+
+    def __init__(self, simulator: Simulator, theta: Theta) -> None:
+        self.simulator = simulator
+        self.theta = theta
+        self._unserved: dict[Any, dict[str | None, Tensor]] = {}
+
+    def site(self, output: str | None) -> SimulatorSite:
+        return SimulatorSite(self, output, self.theta.batch_shape)
+
+    def take(self, output: str | None, batch_shape: torch.Size, *, scored: bool) -> Tensor:
+        """x of one output, ``(B, *event)``: of the last simulation if that has not served it yet, else of a new one."""
+        # Runs without gradients, and runs with random noise where it is to be frozen, are of no use to the other kind.
+        kind = (batch_shape, torch.is_grad_enabled(), scored and self.simulator.seed is not None)
+        if output not in self._unserved.get(kind, {}):
+            self._unserved[kind] = self.simulator.simulate(self.theta, batch_shape, scored=scored)
+        return self._unserved[kind].pop(output)
+
+    def __getitem__(self, output: str) -> SimulatorSite:
+        if output not in self.simulator.losses:
+            raise KeyError(f"{self.simulator.name} has no output {output!r}, only {[*self]}")
+        return self.site(output)
+
+    def __iter__(self) -> Iterator[str]:
+        return (output for output in self.simulator.losses if output is not None)
+
+    def __len__(self) -> int:
+        return len(self.simulator.losses)
+
+
+class SimulatorSite(TorchDistribution):
+    """The distribution of one output of a simulator with bound parameters; its log-probability is minus the loss."""
+
+    arg_constraints = {}  # noqa: RUF012 (torch's name and way)
+    has_rsample = True
+
+    def __init__(self, run: Run, output: str | None, batch_shape: torch.Size) -> None:
+        self.run = run
+        self.output = output
+        super().__init__(batch_shape, validate_args=False)
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """As of the simulator's last run; before the first its sizes are not known and stand as -1."""
+        simulator = self.run.simulator
+        return simulator.event_shapes.get(self.output, torch.Size([-1] * simulator.event_dims[self.output]))
+
+    @property
+    def support(self) -> Any:
+        """Raises: who asks for the support takes the site for a latent."""
+        raise ValueError(
+            f"a site of {self.run.simulator!r} has no data and is taken for a latent: pass the data when the guide is first "
+            "called, e.g. guide(y)"
+        )
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> SimulatorSite:
+        return SimulatorSite(self.run, self.output, torch.Size(batch_shape))
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        batch_shape = torch.Size(sample_shape) + self.batch_shape
+        x = self.run.take(self.output, batch_shape, scored=False)
+        return x.reshape(batch_shape + x.shape[1:])
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def log_prob(self, y: Tensor) -> Tensor:
+        return -self.run.simulator.score(self.run, self.output, self.batch_shape, y).reshape(self.batch_shape)
+
+    def __repr__(self) -> str:
+        output = "" if self.output is None else f", output={self.output!r}"
+        return f"{self.run.simulator!r}(batch_shape={tuple(self.batch_shape)}{output})"
+
+
+def _name(fn: Any) -> str:
+    return getattr(fn, "__name__", None) or getattr(getattr(fn, "func", None), "__name__", None) or type(fn).__name__
+
+
+def _event_dims(event_dim: int | Mapping[str, int], outputs: tuple[str | None, ...]) -> dict[str | None, int]:
+    dims = event_dim if isinstance(event_dim, Mapping) else dict.fromkeys(outputs, event_dim)
+    if set(dims) != set(outputs):
+        raise ValueError(f"event_dim is given for the outputs {[*dims]}, the losses are for {[*outputs]}")
+    return {output: _checks.non_negative_int("event_dim", dim) for output, dim in dims.items()}
