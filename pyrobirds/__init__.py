@@ -32,7 +32,7 @@ __all__ = [
     "tempered",
 ]
 
-# Names load their modules when first used: torch and Pyro take seconds to import, and a reader of results needs neither.
+# Names load their modules when first used: torch and Pyro take seconds to import, and who reads results needs neither.
 _HOME = {
     "FitResult": "pyrobirds.fitting",
     "GeneralizedELBO": "pyrobirds.elbo",

@@ -27,6 +27,7 @@ def base(d: Distribution) -> Any:
 
 
 def is_gaussian(d: Distribution) -> bool:
+    """Whether d is a Gaussian over scalars or vectors, independent over further dimensions."""
     return type(base(d)) in (*_NORMAL, *_JOINT_NORMAL)
 
 
@@ -97,4 +98,4 @@ def _under_gaussian(p: Distribution, mean: Tensor, variance: Tensor, covariance:
     else:
         return None
     event_dim = len(p.event_shape) - len(p_base.event_shape)
-    return p.log_prob(mean) - 0.5 * sum_rightmost(trace, event_dim)
+    return p.log_prob(mean) - sum_rightmost(trace, event_dim) / 2  # type: ignore[operator]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyro.poutine as poutine
 import torch
+from pyro import poutine
+from pyro.infer.util import validation_enabled
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
-from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyrobirds import traces
 from pyrobirds._rng import forked_rng
 from pyrobirds.closed_forms import base
 
@@ -35,39 +35,25 @@ class Dependence:
     prior: dict[str, Names] = field(default_factory=dict)  # by latent site of the model: what its prior depends on
 
 
-def run(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    around_guide: AbstractContextManager[Any] | None = None,
-) -> tuple[Trace, Trace]:
-    """Trace the guide, and the model replayed against it; nothing is scored. Also takes Pyro's guide messengers."""
-    messenger = poutine.unwrap(guide)
-    with around_guide or nullcontext():
-        if isinstance(messenger, poutine.guide.GuideMessenger):
-            guide(*args, **kwargs)
-            return messenger.get_traces()
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs), guide_trace
-
-
 def analyse(
     model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Dependence:
     """Run model and guide twice, without scoring observed sites, on random numbers of their own."""
-    with poutine.block(), forked_rng(), torch.no_grad():
-        tracked_model, tracked_guide = run(model, guide, args, kwargs, around_guide=_TrackLatents())
-        other_model, _ = run(model, guide, args, kwargs)
-    tracked_model, tracked_guide = prune_subsample_sites(tracked_model), prune_subsample_sites(tracked_guide)
-    order = {name: i for i, (name, site) in enumerate(tracked_guide.nodes.items()) if _is_latent(site)}
-    guide_deps = {name: _depends_on(site) for name, site in tracked_guide.nodes.items() if site["type"] == "sample"}
-    prior_deps = {name: _depends_on(site) for name, site in tracked_model.iter_stochastic_nodes()}
+    with poutine.block(), forked_rng(), torch.no_grad(), validation_enabled(False):
+        tracked = traces.run(model, guide, args, kwargs, around_guide=_TrackLatents())
+        other_model, _ = map(traces.sample_sites, traces.run(model, guide, args, kwargs))
+        model_sites, guide_sites = map(traces.sample_sites, tracked)
+        model_sites = {name: site for name, site in model_sites.items() if not site["is_observed"]}
+        guide_deps = {name: _depends_on(site) for name, site in guide_sites.items()}
+        prior_deps = {name: _depends_on(site) for name, site in model_sites.items()}
+        constant = {
+            name for name, site in model_sites.items() if not prior_deps[name] and _same_prior(site, other_model[name])
+        }
+    order = {name: i for i, (name, site) in enumerate(guide_sites.items()) if _is_latent(site)}
 
     closed: dict[str, dict[str, Tensor | None]] = {}
     ruled_out: set[str] = set()
-    for name, site in tracked_model.iter_stochastic_nodes():
+    for name, site in model_sites.items():
         above = get_provenance(site["value"])
         if not above:
             continue
@@ -76,10 +62,10 @@ def analyse(
         if (
             above == {latent}
             and prior_deps[name] <= drawn_before
-            and (prior_deps[name] or _same_prior(name, tracked_model, other_model))
-            and _is_cut_out(name, latent, tracked_guide)
+            and (prior_deps[name] or name in constant)
+            and _is_cut_out(guide_sites[name], guide_sites[latent])
         ):
-            closed.setdefault(latent, {})[name] = _index(name, latent, tracked_guide)
+            closed.setdefault(latent, {})[name] = _index(site["value"], guide_sites[latent]["value"])
         else:
             ruled_out.add(latent)
     return Dependence(
@@ -93,40 +79,34 @@ class _TrackLatents(Messenger):
     """Marks the value of each latent with its name; a Delta hands on the marks of what it is computed from."""
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if _is_latent(msg):
+        if msg["type"] == "sample" and _is_latent(msg):
             msg["value"] = track_provenance(detach_provenance(msg["value"]), frozenset({msg["name"]}))
 
 
 def _is_latent(site: Any) -> bool:
-    return (
-        site["type"] == "sample"
-        and not site["is_observed"]
-        and type(site["fn"]).__name__ != "_Subsample"
-        and type(base(site["fn"])).__name__ != "Delta"
-    )
+    return not site["is_observed"] and not site_is_subsample(site) and type(base(site["fn"])).__name__ != "Delta"
 
 
 def _depends_on(site: Any) -> Names:
     return get_provenance(site["fn"].log_prob(detach_provenance(site["value"])))
 
 
-def _is_cut_out(name: str, latent: str, guide_trace: Trace) -> bool:
-    """Whether the site's value is made of entries of the latent's as they stand, without a transform."""
-    if name == latent:
+def _is_cut_out(site: Any, latent: Any) -> bool:
+    """Whether a site of the guide is made of entries of a latent as they stand, without a transform."""
+    if site is latent:
         return True
-    delta, drawn = guide_trace.nodes[name], detach_provenance(guide_trace.nodes[latent]["value"])
-    value = detach_provenance(delta["value"])
+    value, drawn = detach_provenance(site["value"]), detach_provenance(latent["value"])
     # Entries that share the latent's memory went through no transform; the strides then tell which entries they are.
     return (
         value.untyped_storage().data_ptr() == drawn.untyped_storage().data_ptr()
         and drawn.is_contiguous()
         and (drawn.dim() == 1 or _same_layout(value, drawn))
-        and bool((detach_provenance(delta["fn"].log_prob(delta["value"])) == 0).all())
+        and bool((detach_provenance(site["fn"].log_prob(site["value"])) == 0).all())
     )
 
 
-def _index(name: str, latent: str, guide_trace: Trace) -> Tensor | None:
-    value, drawn = (detach_provenance(guide_trace.nodes[site]["value"]) for site in (name, latent))
+def _index(value: Tensor, drawn: Tensor) -> Tensor | None:
+    value, drawn = detach_provenance(value), detach_provenance(drawn)
     if _same_layout(value, drawn):
         return None
     entries = torch.arange(drawn.numel(), device=drawn.device)
@@ -138,11 +118,11 @@ def _same_layout(value: Tensor, drawn: Tensor) -> bool:
     return next(layouts) == next(layouts)
 
 
-def _same_prior(name: str, tracked: Trace, other: Trace) -> bool:
-    """Whether a prior that seems to depend on no latent is the same at other draws of them.
+def _same_prior(site: Any, other: Any) -> bool:
+    """Whether the prior of a site is the same in two runs.
 
-    Marks are lost where a value leaves torch (``.item()``, NumPy); the densities of two runs then differ.
+    A prior that seems to depend on no latent must be: marks are lost where a value leaves torch (``.item()``, NumPy).
     """
-    value = detach_provenance(tracked.nodes[name]["value"])
-    here, there = (trace.nodes[name]["fn"].log_prob(value) for trace in (tracked, other))
+    value = detach_provenance(site["value"])
+    here, there = (detach_provenance(run["fn"].log_prob(value)) for run in (site, other))
     return torch.equal(here, there)

@@ -37,16 +37,16 @@ class KL(Divergence):
 
     .. math:: KL(q \| \pi) = E_q[\log q(\theta) - \log \pi(\theta)].
 
-    It adds over sites, so that some of them can be taken in closed form while others are estimated. Kullback and Leibler
-    1951 (https://doi.org/10.1214/aoms/1177729694); as the divergence of generalised variational inference: Knoblauch,
-    Jewson and Damoulas (https://arxiv.org/abs/1904.02063).
+    It adds over sites, so that some of them can be taken in closed form while others are estimated. Kullback and
+    Leibler 1951 (https://doi.org/10.1214/aoms/1177729694); as the divergence of generalised variational inference:
+    Knoblauch, Jewson and Damoulas (https://arxiv.org/abs/1904.02063).
 
     Args:
         analytic: take the closed form where it is right, and Monte Carlo elsewhere. The unit of choice is a latent of
             the guide (one per site for AutoNormal, one for all sites in a joint guide such as AutoMultivariateNormal).
-            It has a closed form if every model site under it has one, reached without a transform, and the parameters of
-            the site's prior depend on no latent that the guide draws jointly with it or after it. The expectation of the
-            divergence and of its gradient is the same either way; a closed form has no variance.
+            It has a closed form if every model site under it has one, reached without a transform, and the parameters
+            of the site's prior depend on no latent that the guide draws jointly with it or after it. The expectation of
+            the divergence and of its gradient is the same either way; a closed form has no variance.
         num_particles: how many particles estimate the divergence, if not as many as the loss. They come from a second
             pass that scores latent sites only and runs no lazy simulation.
 

@@ -11,13 +11,12 @@ import torch
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer import ELBO
-from pyro.infer.util import is_validation_enabled, torch_item
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
-from pyro.poutine.util import prune_subsample_sites
-from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape, warn_if_nan
+from pyro.util import check_if_enumerated, check_site_shape, warn_if_nan
 from torch import Tensor
 
-from pyrobirds import _checks, closed_forms, dependence
+from pyrobirds import _checks, closed_forms, dependence, traces
 from pyrobirds.dependence import Dependence, Names
 from pyrobirds.divergences import KL, Divergence
 from pyrobirds.score_function import Cost, score_function_term
@@ -65,12 +64,12 @@ class GeneralizedELBO(ELBO):
     Reparameterised latents get pathwise gradients, others the score function with Pyro's plate-wise
     Rao-Blackwellisation.
 
-    Source: Knoblauch, Jewson and Damoulas, "Generalized Variational Inference", https://arxiv.org/abs/1904.02063,
-    definition 2; the weight of the divergence as in section 2.3 (power likelihoods).
+    Source: Knoblauch, Jewson and Damoulas, "Generalized Variational Inference", https://arxiv.org/abs/1904.02063, their
+    "Rule of Three" P(l, D, Q).
 
     Args:
-        w: weight of the divergence, in units of the loss: a number of at least 0, or a callable that takes the number of
-            gradient evaluations so far and returns one.
+        w: weight of the divergence, in units of the loss: a number of at least 0, or a callable that takes the number
+            of gradient evaluations so far and returns one.
         divergence: how far q is from the prior; so far :class:`~pyrobirds.divergences.KL` alone.
         num_particles: how many draws of the guide estimate the objective.
         vectorize_particles: draw all particles in one batch. Needs a model and a guide that declare their batch
@@ -170,30 +169,26 @@ class GeneralizedELBO(ELBO):
         """Yield shares that add up to the objective. No value of a tensor is looked at here unless Pyro validates."""
         if self.vectorize_particles and self.max_plate_nesting == float("inf"):
             self._guess_max_plate_nesting(model, guide, args, kwargs)
-        for used_for in self._passes():
+        for used_for in self._passes(w):
             n = used_for.num_particles
             for batch in [n] if self.vectorize_particles else [1] * n:
                 particles = _particles(batch, self.max_plate_nesting)
                 model_trace, guide_trace = self._get_trace(particles(model), particles(guide), args, kwargs)
                 known = Dependence()
-                if self.divergence.analytic or not all(site["fn"].has_rsample for site in _sample_sites(guide_trace)):
+                if self.divergence.analytic or guide_trace.nonreparam_stochastic_nodes:
                     known = self._dependence(model, guide, args, kwargs)
-                yield self._score(used_for, batch, w, model_trace, guide_trace, known)
+                yield self._score(used_for, w, model_trace, guide_trace, known)
 
-    def _passes(self) -> list[_Pass]:
+    def _passes(self, w: float) -> list[_Pass]:
         extra = self.divergence.num_particles
+        if w == 0:  # leaves an infinite divergence out, too
+            return [_Pass(self.num_particles, loss=True, divergence=False)]
         if extra is None:
             return [_Pass(self.num_particles, loss=True, divergence=True)]
         return [_Pass(self.num_particles, loss=True, divergence=False), _Pass(extra, loss=False, divergence=True)]
 
-    def _get_trace(
-        self, model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Trace, Trace]:
-        """Trace model and guide, without scoring them."""
-        model_trace, guide_trace = dependence.run(model, guide, args, kwargs)
-        if is_validation_enabled():
-            check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
-        return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+    def _get_trace(self, model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Trace, Trace]:
+        return traces.run(model, guide, args, kwargs, max_plate_nesting=self.max_plate_nesting)
 
     def _dependence(self, model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dependence:
         if self._analysed is None or self._analysed[:2] != (model, guide):
@@ -201,8 +196,8 @@ class GeneralizedELBO(ELBO):
                 known = dependence.analyse(model, guide, args, kwargs)
             except Exception as error:  # whatever a user's code raises there: Monte Carlo needs to know nothing
                 warnings.warn(
-                    "the divergence is estimated by Monte Carlo alone, because how the latents depend on each other could "
-                    f"not be found out ({type(error).__name__}: {error})",
+                    "the divergence is estimated by Monte Carlo alone, because how the latents depend on each other "
+                    f"could not be found out ({type(error).__name__}: {error})",
                     stacklevel=2,
                 )
                 known = Dependence()
@@ -210,46 +205,47 @@ class GeneralizedELBO(ELBO):
         return self._analysed[2]
 
     def _score(
-        self, used_for: _Pass, batch: int, w: float, model_trace: Trace, guide_trace: Trace, known: Dependence
+        self, used_for: _Pass, w: float, model_trace: Trace, guide_trace: Trace, known: Dependence
     ) -> _Evaluation:
+        model_sites, guide_sites = traces.sample_sites(model_trace), traces.sample_sites(guide_trace)
         closed: dict[str, Names] = {}
         if used_for.divergence and self.divergence.analytic:
-            closed = _score_in_closed_form(model_trace, guide_trace, known)
+            closed = _score_in_closed_form(model_sites, guide_sites, known)
         model_trace.compute_log_prob(lambda _, site: used_for.loss if site["is_observed"] else used_for.divergence)
         guide_trace.compute_score_parts()
-        sites, guide_sites = _sample_sites(model_trace), _sample_sites(guide_trace)
         if is_validation_enabled():
-            for site in (*sites, *guide_sites):
+            for site in (*model_sites.values(), *guide_sites.values()):
                 if "log_prob" in site:
-                    check_site_shape(site, self.max_plate_nesting)
+                    check_site_shape(site, self.max_plate_nesting)  # type: ignore[arg-type]
             check_if_enumerated(guide_trace)
-
-        observed = [site for site in sites if used_for.loss and site["is_observed"]]
-        latent = [site for site in sites if used_for.divergence and not site["is_observed"]]
-        drawn = guide_sites if used_for.divergence else []
+        observed = [site for site in model_sites.values() if used_for.loss and site["is_observed"]]
+        latent = [site for site in model_sites.values() if used_for.divergence and not site["is_observed"]]
+        drawn = [*guide_sites.values()] if used_for.divergence else []
 
         share = 1 / used_for.num_particles
         loss = _total([site["log_prob_sum"] for site in observed]) * -share
         # The Kullback-Leibler divergence adds over sites, so that sums over particles are all it needs.
-        log_q, log_p = _total([_pathwise_sum(site) for site in drawn]), _total([site["log_prob_sum"] for site in latent])
+        log_q, log_p = _total([_pathwise(site) for site in drawn]), _total([site["log_prob_sum"] for site in latent])
         divergence = (log_q - log_p) * (w * share)
         surrogate = loss + divergence
-        scored = [site for site in guide_sites if not is_identically_zero(site["score_parts"].score_function)]
+        scored = [site for site in guide_sites.values() if not is_identically_zero(site["score_parts"].score_function)]
         if scored:
             costs = [Cost(site["cond_indep_stack"], -site["log_prob"], None) for site in observed]
-            costs += [Cost(site["cond_indep_stack"], -w * site["log_prob"], closed.get(site["name"])) for site in latent]
+            costs += [
+                Cost(site["cond_indep_stack"], -w * site["log_prob"], closed.get(site["name"])) for site in latent
+            ]
             for site in drawn:
                 name = site["name"]
                 depends_on = closed.get(name)
-                if name not in closed and name not in model_trace and name in known.guide:
-                    depends_on = known.guide[name] | {name}
+                if name not in closed and name not in model_sites and name in known.guide:
+                    depends_on = known.guide[name] | {name}  # an auxiliary site
                 costs.append(Cost(site["cond_indep_stack"], w * site["log_prob"], depends_on))
             surrogate = surrogate + share * score_function_term(costs, scored)
         return _Evaluation(
             loss=loss,
             divergence=divergence,
             surrogate=surrogate,
-            has_params=any(node["type"] == "param" for trace in (model_trace, guide_trace) for node in trace.nodes.values()),
+            has_params=bool(model_trace.param_nodes or guide_trace.param_nodes),
         )
 
 
@@ -260,18 +256,14 @@ def _particles(batch: int, max_plate_nesting: float) -> Callable[[Fn], Fn]:
     return pyro.plate("num_particles_vectorized", batch, dim=-int(max_plate_nesting))
 
 
-def _sample_sites(trace: Trace) -> list[Any]:
-    return [site for site in trace.nodes.values() if site["type"] == "sample"]
-
-
 def _values(evaluation: _Evaluation) -> tuple[Tensor, Tensor]:
     return evaluation.loss.detach(), evaluation.divergence.detach()
 
 
 def _as_float(total: Tensor) -> float:
     """The one place where a step waits for its result."""
-    value = torch_item(total)
-    warn_if_nan(value, "loss")
+    value = total.item()
+    warn_if_nan(value, "loss")  # type: ignore[arg-type]
     return value
 
 
@@ -279,8 +271,8 @@ def _total(terms: list[Tensor]) -> Tensor:
     return sum(terms[1:], terms[0]) if terms else torch.zeros(())
 
 
-def _pathwise_sum(site: Any) -> Tensor:
-    """The summed log-density, with the part of its gradient that does not vanish in expectation."""
+def _pathwise(site: Any) -> Tensor:
+    """The summed log-density of a site of the guide, with the part of its gradient that does not vanish on average."""
     parts: ScoreParts = site["score_parts"]
     if parts.entropy_term is parts.log_prob:
         return site["log_prob_sum"]
@@ -291,7 +283,9 @@ def _pathwise_sum(site: Any) -> Tensor:
     return value + (pathwise - pathwise.detach())
 
 
-def _score_in_closed_form(model_trace: Trace, guide_trace: Trace, known: Dependence) -> dict[str, Names]:
+def _score_in_closed_form(
+    model_sites: dict[str, Any], guide_sites: dict[str, Any], known: Dependence
+) -> dict[str, Names]:
     """Give sites their expected log-density under the guide instead of that of the draw, where it is known.
 
     Returns:
@@ -299,25 +293,28 @@ def _score_in_closed_form(model_trace: Trace, guide_trace: Trace, known: Depende
     """
     closed: dict[str, Names] = {}
     for latent, parts in known.closed.items():
-        if latent not in guide_trace or not all(name in model_trace and name in guide_trace for name in parts):
+        if latent not in guide_sites or not (parts.keys() <= model_sites.keys() and parts.keys() <= guide_sites.keys()):
             continue  # the structure changes from run to run
-        drawn = guide_trace.nodes[latent]
-        q, own = drawn["fn"], closed_forms.expected_own_log_prob(drawn["fn"])
-        under = {}
-        for name, index in parts.items():
-            p = model_trace.nodes[name]["fn"]
-            if index is None:
-                under[name] = closed_forms.expected_log_prob(p, q)
-            else:
-                under[name] = closed_forms.expected_log_prob_of_part(p, q, index, guide_trace.nodes[name]["value"].shape)
+        drawn = guide_sites[latent]
+        q = drawn["fn"]
+        own = closed_forms.expected_own_log_prob(q)
+        under = {
+            name: closed_forms.expected_log_prob(model_sites[name]["fn"], q)
+            if index is None
+            else closed_forms.expected_log_prob_of_part(
+                model_sites[name]["fn"], q, index, guide_sites[name]["value"].shape
+            )
+            for name, index in parts.items()
+        }
         if own is None or any(expected is None for expected in under.values()):
             continue
         own = scale_and_mask(own, drawn["scale"], drawn["mask"])
-        score = 0 if closed_forms.is_gaussian(q) and q.has_rsample else q.score_parts(drawn["value"]).score_function
+        pathwise_only = closed_forms.is_gaussian(q) and q.has_rsample
+        score: Any = 0 if pathwise_only else q.score_parts(drawn["value"]).score_function
         drawn.update(log_prob=own, log_prob_sum=own.sum(), score_parts=ScoreParts(own, score, own))
         closed[latent] = known.guide[latent]
         for name, expected in under.items():
-            site = model_trace.nodes[name]
+            site = model_sites[name]
             expected = scale_and_mask(expected, site["scale"], site["mask"])
             site.update(log_prob=expected, log_prob_sum=expected.sum())
             closed[name] = known.guide[latent] | known.prior[name]

@@ -67,7 +67,7 @@ def fit(
         *args: the arguments of model and guide, as ``svi.step`` takes them.
         num_steps: how many steps at most.
         patience: stop after so many steps in a row without a new lowest total; None: never.
-        progress: show a bar with the terms of the last step, ``best`` (lowest total so far) and ``stall`` (steps since).
+        progress: show a bar with the terms of the last step, ``best`` (lowest total yet) and ``stall`` (steps since).
         model_kwargs: keyword arguments of model and guide.
 
     Raises:
@@ -94,7 +94,7 @@ def fit(
     stop_reason = StopReason.NUM_STEPS
     with tqdm(total=num_steps, disable=not progress) as bar:
         for _ in range(num_steps):
-            total = float(svi.step(*args, **kwargs))
+            total = float(svi.step(*args, **kwargs))  # type: ignore[arg-type]
             row = {**_terms(svi), "total": total}
             rows.append(row)
             best, stall = (total, 0) if total < best else (best, stall + 1)

@@ -36,8 +36,8 @@ def random_walk(
         y: the observed walk, shape ``(n_timesteps,)``; NaN where missing. Without it the model draws a walk.
         n_timesteps: number of values of the walk, the first, 0, included.
         tau: temperature of the straight-through gradient; see :func:`pyrobirds.simulators.random_walk`.
-        loss: compares a simulated walk with the observed one; see :mod:`pyrobirds.losses`. Must be hashable, as functions
-            are.
+        loss: compares a simulated walk with the observed one; see :mod:`pyrobirds.losses`. Must be hashable, as
+            functions are.
 
     Example:
         >>> from pyro.infer import SVI

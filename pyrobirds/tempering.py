@@ -32,10 +32,9 @@ def tempered(model: Callable[..., Any], w: float) -> Callable[..., Any]:
 
     .. math:: q^*(\theta) \propto \pi(\theta) \exp\bigl(-\tfrac{1}{w} \ell(\theta, y)\bigr),
 
-    in a form that every Pyro algorithm takes: NUTS, importance sampling, :class:`pyro.infer.Trace_ELBO`. In the words of
-    the generalised-Bayes literature the learning rate is :math:`1/w` (Bissiri, Holmes and Walker 2016,
-    https://doi.org/10.1111/rssb.12158, equation 3). Do not combine it with ``GeneralizedELBO(w=...)``: ``w`` would count
-    twice.
+    in a form that every Pyro algorithm takes: NUTS, importance sampling, :class:`pyro.infer.Trace_ELBO`. In the words
+    of the generalised-Bayes literature the learning rate is :math:`1/w` (Bissiri, Holmes and Walker 2016,
+    https://doi.org/10.1111/rssb.12158). Do not combine it with ``GeneralizedELBO(w=...)``: ``w`` would count twice.
 
     A Simulator's loss is noisy: for algorithms that need one fixed density, such as NUTS, freeze the noise with
     ``Simulator(..., seed=...)``.

@@ -43,17 +43,20 @@ def check_finite(what: str, x: Tensor) -> None:
 def check_gradient(what: str, results: Sequence[Tensor], inputs: dict[str, Tensor]) -> None:
     """Raise unless ``results`` together depend differentiably on each of ``inputs``; warn if all gradients are zero."""
     smooth = [x for x in results if x.requires_grad]
-    # Weights that differ, because outputs that add up to a constant have a gradient nevertheless.
-    weights = [torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape) for x in smooth]
+    # Weights that differ, because results that add up to a constant have a gradient nevertheless.
+    weights = [
+        torch.linspace(1, 2, x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape) * (i + 1)
+        for i, x in enumerate(smooth)
+    ]
     gradients: Sequence[Tensor | None] = [None] * len(inputs)
     if smooth:
         gradients = torch.autograd.grad(smooth, [*inputs.values()], weights, retain_graph=True, allow_unused=True)
     found = {name: gradient for name, gradient in zip(inputs, gradients, strict=True) if gradient is not None}
     if lost := [name for name in inputs if name not in found]:
         raise ValueError(
-            f"{what} does not depend differentiably on {', '.join(map(repr, lost))}: compute it by torch operations that "
-            "keep the graph (no .item(), .detach(), torch.tensor(theta) or NumPy), and draw discrete choices from a "
-            "relaxation such as pyrobirds.simulators.relaxations.bernoulli"
+            f"{what} does not depend differentiably on {', '.join(map(repr, lost))}: compute it by torch "
+            "operations that keep the graph (no .item(), .detach(), torch.tensor(theta) or NumPy), and draw discrete "
+            "choices from a relaxation such as pyrobirds.simulators.relaxations.bernoulli"
         )
     if not any(bool(gradient.any()) for gradient in found.values()):
         warnings.warn(
@@ -83,8 +86,8 @@ def expand_data(what: str, y: Any, event_shape: torch.Size, batch_shape: torch.S
         )
     if n_batch_dims > len(batch_shape) or y.shape[:n_batch_dims] != batch_shape[len(batch_shape) - n_batch_dims :]:
         raise ValueError(
-            f"the data of {what} has batch shape {shape_text(y.shape[:n_batch_dims])}, which is not what the batch shape "
-            f"{shape_text(batch_shape)} of its parameters and plates ends in: put several series into a pyro.plate, and "
-            "give one series no dimension in front of its event"
+            f"the data of {what} has batch shape {shape_text(y.shape[:n_batch_dims])}, which the batch shape "
+            f"{shape_text(batch_shape)} of its parameters and plates does not end in: put several series into a "
+            "pyro.plate, and give one series no dimension in front of its event"
         )
     return y.expand(batch_shape + event_shape).reshape(batch_shape.numel(), *event_shape)

@@ -63,7 +63,11 @@ class Parameters:
             raise TypeError(
                 f"{name} does not take the settings {sorted(settings)}: {error}; it is {name}{self._signature}"
             ) from None
-        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_ONLY)
+        named = (
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            inspect.Parameter.KEYWORD_ONLY,
+            inspect.Parameter.POSITIONAL_ONLY,
+        )
         self.names = [
             parameter.name
             for parameter in self._signature.parameters.values()
@@ -75,7 +79,9 @@ class Parameters:
                 raise TypeError(f"{name}{self._signature} must take parameters and, as its last parameter, the data y")
             self.data_name = self.names.pop()
         if isinstance(event_dims, Mapping) and set(event_dims) - set(self.names):
-            raise ValueError(f"theta_event_dims names {sorted(event_dims)}, but the parameters of {name} are {self.names}")
+            raise ValueError(
+                f"theta_event_dims names {sorted(event_dims)}, but the parameters of {name} are {self.names}"
+            )
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Theta:
         """Check and name the parameters of a call."""
@@ -84,8 +90,8 @@ class Parameters:
             self._signature.bind(*args, **kwargs, **self.settings, **data)
         except TypeError as error:
             raise TypeError(
-                f"{self.name} was called with {len(args)} positional parameters and {sorted(kwargs)} by keyword: {error}. "
-                f"Its parameters are {self.names}, its settings {sorted(self.settings)}"
+                f"{self.name} was called with {len(args)} positional parameters and {sorted(kwargs)} by keyword: "
+                f"{error}. Its parameters are {self.names}, its settings {sorted(self.settings)}"
             ) from None
         positional = [*self.names, *(f"argument {i}" for i in range(len(self.names), len(args)))][: len(args)]
         names = [*positional, *kwargs]
@@ -95,8 +101,8 @@ class Parameters:
         for name, tensor, dim in zip(names, tensors, dims, strict=True):
             if tensor.dim() < dim:
                 raise ValueError(
-                    f"parameter {name!r} of {self.name} has shape {shape_text(tensor.shape)}, but theta_event_dims says "
-                    f"that {dim} of its dimensions belong to one draw"
+                    f"parameter {name!r} of {self.name} has shape {shape_text(tensor.shape)}, but theta_event_dims "
+                    f"says that {dim} of its dimensions belong to one draw"
                 )
             batch_shapes.append(tensor.shape[: tensor.dim() - dim])
         try:

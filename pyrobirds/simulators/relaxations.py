@@ -11,9 +11,9 @@ def bernoulli(logits: Tensor, tau: float) -> Tensor:
 
     The draw is :math:`\xi = 1[\lambda + \epsilon > 0]` with log-odds :math:`\lambda` and logistic noise
     :math:`\epsilon = \log u - \log(1 - u)`, so exactly Bernoulli(sigmoid(:math:`\lambda`)). The gradient is that of
-    :math:`\sigma((\lambda + \epsilon) / \tau)`: biased, the less so the smaller ``tau``, and noisier. One uniform number
-    a draw; in law equal to the first class of a two-class Gumbel-softmax with ``hard=True`` (Maddison, Mnih and Teh
-    2017, https://arxiv.org/abs/1611.00712, appendix B; Jang, Gu and Poole 2017, https://arxiv.org/abs/1611.01144).
+    :math:`\sigma((\lambda + \epsilon) / \tau)`: biased, the less so the smaller ``tau``, and noisier. One uniform
+    number a draw; in law equal to the first class of a two-class Gumbel-softmax with ``hard=True`` (Maddison, Mnih and
+    Teh 2017, https://arxiv.org/abs/1611.00712; Jang, Gu and Poole 2017, https://arxiv.org/abs/1611.01144).
 
     Args:
         logits: log-odds of a 1, any shape.

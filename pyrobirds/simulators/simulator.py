@@ -25,8 +25,8 @@ _INSIDE = object()  # in place of a loss: the function is a loss that simulates 
 class Simulator:
     r"""A simulator with a loss, which becomes a Pyro distribution when it is called with parameters.
 
-    Drawing from the distribution runs the simulator; its log-probability of data y is :math:`-\ell(x, y)` of a fresh run
-    x. Nothing runs before: a guide can be set up, a divergence estimated and the prior drawn without a simulation.
+    Drawing from the distribution runs the simulator; its log-probability of data y is :math:`-\ell(x, y)` of a fresh
+    run x. Nothing runs before: a guide can be set up, a divergence estimated and the prior drawn without a simulation.
 
     ``fn`` and ``loss`` always see ONE batch dimension B, whatever the plates: parameters ``(B, *their event)``, x and y
     ``(B, *event)``. Parameters are broadcast to a common batch and flattened; y is expanded to it. Every other mismatch
@@ -76,11 +76,11 @@ class Simulator:
         seed: int | None = None,
         **settings: Any,
     ) -> None:
-        losses = loss if isinstance(loss, Mapping) else {None: loss}
+        losses: dict[str | None, Any] = {**loss} if isinstance(loss, Mapping) else {None: loss}
         if not losses or not all(callable(one) or one is _INSIDE for one in losses.values()):
             raise TypeError(f"loss must be a callable (x, y) -> (B,), or a dict of them by output, got {loss!r}")
         self.name = _name(fn)
-        self.losses: dict[str | None, Any] = dict(losses)
+        self.losses = losses
         self.scores_inside = loss is _INSIDE
         self.event_dims = _event_dims(event_dim, tuple(losses))
         self.event_shapes: dict[str | None, torch.Size] = {}  # as of the last run
@@ -146,8 +146,8 @@ class Simulator:
         """Run the function once for a whole batch; returns x by output, ``(B, *event)``."""
         if self.scores_inside:
             raise ValueError(
-                f"a site of Simulator.from_loss({self.name}) can be scored but not drawn, for it has no output: pass the "
-                "data, or make it of a simulator and a loss, Simulator(fn, loss)"
+                f"a site of Simulator.from_loss({self.name}) can be scored but not drawn, for it has no output: pass "
+                "the data, or make it of a simulator and a loss, Simulator(fn, loss)"
             )
         flat = theta.flat(batch_shape)
         args, kwargs = theta.arguments(flat)
@@ -181,8 +181,8 @@ class Simulator:
         event_shape = y.shape[max(0, y.dim() - event_dim) :] if isinstance(y, Tensor) else torch.Size()
         if len(event_shape) < event_dim:
             raise ValueError(
-                f"the data of {what} has shape {tuple(event_shape)}, but event_dim={event_dim}: set event_dim to the number "
-                "of its dimensions"
+                f"the data of {what} has shape {tuple(event_shape)}, but event_dim={event_dim}: set event_dim to the "
+                "number of its dimensions"
             )
         y = contract.expand_data(what, y, event_shape, batch_shape)
         flat = theta.flat(batch_shape)
@@ -251,7 +251,7 @@ class Run(Mapping[str, "SimulatorSite"]):
 class SimulatorSite(TorchDistribution):
     """The distribution of one output of a simulator with bound parameters; its log-probability is minus the loss."""
 
-    arg_constraints = {}  # noqa: RUF012 (torch's name and way)
+    arg_constraints = {}  # type: ignore[assignment]  # noqa: RUF012 (torch's way)
     has_rsample = True
 
     def __init__(self, run: Run, output: str | None, batch_shape: torch.Size) -> None:
@@ -269,8 +269,8 @@ class SimulatorSite(TorchDistribution):
     def support(self) -> Any:
         """Raises: who asks for the support takes the site for a latent."""
         raise ValueError(
-            f"a site of {self.run.simulator!r} has no data and is taken for a latent: pass the data when the guide is first "
-            "called, e.g. guide(y)"
+            f"a site of {self.run.simulator!r} has no data and is taken for a latent: pass the data when the guide is "
+            "first called, e.g. guide(y)"
         )
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> SimulatorSite:
@@ -285,8 +285,8 @@ class SimulatorSite(TorchDistribution):
         with torch.no_grad():
             return self.rsample(sample_shape)
 
-    def log_prob(self, y: Tensor) -> Tensor:
-        return -self.run.simulator.score(self.run, self.output, self.batch_shape, y).reshape(self.batch_shape)
+    def log_prob(self, value: Tensor) -> Tensor:
+        return -self.run.simulator.score(self.run, self.output, self.batch_shape, value).reshape(self.batch_shape)
 
     def __repr__(self) -> str:
         output = "" if self.output is None else f", output={self.output!r}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
+from pyro.util import get_rng_state
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -16,8 +15,8 @@ from torch.utils._pytree import tree_map
 class Unbatched:
     """A function of one draw that takes a batch of draws: by :func:`torch.vmap`, or by a loop where vmap cannot.
 
-    Which of the two is found out at the first call. The loop is announced by a warning with the reason; it is also taken
-    when the function draws from NumPy's or Python's global generator, whose numbers vmap would share between draws.
+    Which of the two is found out at the first call. The loop is announced by a warning with the reason; it is also
+    taken when the function draws from NumPy's or Python's global generator, whose numbers vmap would share.
     """
 
     def __init__(self, fn: Callable[..., Any], name: str) -> None:
@@ -37,7 +36,10 @@ class Unbatched:
         if not self._loops:
             before = None if self._checked else _outside_noise()
             try:
-                result = torch.vmap(one, randomness="different")(*batch)
+                with warnings.catch_warnings():
+                    # Of an operation that vmap loops over inside torch, which is what the user would get otherwise.
+                    warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+                    result = torch.vmap(one, randomness="different")(*batch)
             except Exception as error:  # whatever it is: the loop raises it again if the function itself is at fault
                 reason = f"{type(error).__name__}: {error}"
             else:
@@ -50,11 +52,13 @@ class Unbatched:
         if reason is not None:
             self._loops = True
             warnings.warn(
-                f"{self._name} runs in a Python loop over draws, because torch.vmap cannot take it: {reason}", stacklevel=2
+                f"{self._name} runs in a Python loop over draws, because torch.vmap cannot take it: {reason}",
+                stacklevel=2,
             )
         return tree_map(lambda *outputs: torch.stack([torch.as_tensor(output) for output in outputs]), *draws)
 
 
 def _outside_noise() -> tuple[Any, ...]:
-    kind, keys, *rest = np.random.get_state()
-    return (kind, keys.tobytes(), *rest, random.getstate())  # type: ignore[union-attr]
+    state = get_rng_state()
+    kind, keys, *rest = state["numpy"]
+    return (kind, keys.tobytes(), *rest, state["random"])

@@ -1,0 +1,47 @@
+"""Runs of a model and its guide, recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from pyro import poutine
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine import Trace
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match
+
+
+def run(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    max_plate_nesting: float = float("inf"),
+    around_guide: AbstractContextManager[Any] | None = None,
+) -> tuple[Trace, Trace]:
+    """Trace the guide, and the model replayed against it, without scoring them; takes Pyro's guide messengers too.
+
+    Returns:
+        The trace of the model and that of the guide, without subsampling sites.
+    """
+    messenger = poutine.unwrap(guide)
+    if isinstance(messenger, GuideMessenger):
+        with around_guide or nullcontext():
+            guide(*args, **kwargs)
+        model_trace, guide_trace = messenger.get_traces()
+    else:
+        with around_guide or nullcontext():
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    if is_validation_enabled():
+        check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
+    return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+
+def sample_sites(trace: Trace) -> dict[str, Any]:
+    """The sample sites of a trace by name."""
+    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}

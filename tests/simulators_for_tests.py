@@ -1,0 +1,61 @@
+"""Simulators and models that several tests use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+
+class Counted:
+    """A function that counts its calls and remembers the batch size of the last one."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+        self.calls = 0
+        self.batch = 0
+
+    def __call__(self, theta: Tensor, n_timesteps: int = 5) -> Any:
+        self.calls += 1
+        self.batch = len(theta)
+        return self.fn(theta, n_timesteps)
+
+
+def drift(theta: Tensor, n_timesteps: int = 5) -> Tensor:
+    """Noise around theta: x (B, n_timesteps), mean theta, variance 1 at every time."""
+    return theta.unsqueeze(-1) + torch.randn(*theta.shape, n_timesteps, dtype=theta.dtype)
+
+
+def tutorial_walk(theta: Tensor, n_timesteps: int, tau: float = 0.5) -> Tensor:
+    """A walk of ONE draw, as a user writes it: a Python loop that grows its history."""
+    p = torch.sigmoid(theta)
+    x = torch.tensor([0.0])
+    for _ in range(n_timesteps - 1):
+        logits = torch.hstack((p, 1 - p)).log()
+        up = torch.nn.functional.gumbel_softmax(logits, tau=tau, hard=True)[0]
+        x = torch.hstack((x, x[-1] + 2 * up - 1))
+    return x
+
+
+def model_of(site: Callable[[Tensor], Any], shape: tuple[int, ...] = ()) -> Callable[..., Any]:
+    """A model with a standard normal theta, a vector if ``shape`` says so, and a site x made of it."""
+
+    def model(y: Tensor | None = None) -> Any:
+        prior = dist.Normal(torch.zeros(shape), 1.0).to_event(len(shape))
+        theta = pyro.sample("theta", prior)
+        return pyro.sample("x", site(theta), obs=y)
+
+    return model
+
+
+def fixed_at(theta: Tensor) -> Callable[..., Any]:
+    """A guide that puts all mass on one theta."""
+
+    def guide(*args: Any) -> None:
+        pyro.sample("theta", dist.Delta(theta).to_event(theta.dim()))
+
+    return guide
