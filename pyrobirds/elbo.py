@@ -8,18 +8,17 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro.distributions.score_parts import ScoreParts
-from pyro.distributions.util import is_identically_zero, scale_and_mask
+from pyro.distributions.util import is_identically_zero
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.util import check_if_enumerated, check_site_shape, warn_if_nan
 from torch import Tensor
 
-from pyrobirds import _checks, closed_forms, dependence, traces
+from pyrobirds import _checks, dependence, scoring, traces
 from pyrobirds.dependence import Dependence, Names
 from pyrobirds.divergences import KL, Divergence
-from pyrobirds.score_function import Cost, score_function_term
+from pyrobirds.scoring import Cost
 
 Fn = Callable[..., Any]
 
@@ -114,18 +113,19 @@ class GeneralizedELBO(ELBO):
             raise TypeError(f"divergence must be a pyrobirds.divergences.KL, got {divergence!r}")
         self.divergence = divergence
         num_particles = _checks.positive_int("num_particles", num_particles)
-        # Pyro reserves a dimension for the particles if there are several; the divergence's may be the only ones.
-        most_particles = max(num_particles, self.divergence.num_particles or 1)
+        # Pyro reserves a dimension for the particles of the loss if there are several; the divergence's need one too.
+        divergence_alone = num_particles == 1 and (divergence.num_particles or 1) > 1
+        self._extra_nesting = int(vectorize_particles and divergence_alone)
         super().__init__(
-            num_particles=most_particles,
+            num_particles=num_particles,
             vectorize_particles=vectorize_particles,
-            max_plate_nesting=max_plate_nesting,
+            max_plate_nesting=max_plate_nesting + self._extra_nesting,
             **options,
         )
-        self.num_particles = num_particles
         self.terms: Terms | None = None
         self.step = 0
         self._analysed: tuple[Fn, Fn, Dependence] | None = None
+        self._not_analysed = ""
 
     def loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> float:
         """Estimate the objective."""
@@ -177,7 +177,15 @@ class GeneralizedELBO(ELBO):
                 known = Dependence()
                 if self.divergence.analytic or guide_trace.nonreparam_stochastic_nodes:
                     known = self._dependence(model, guide, args, kwargs)
-                yield self._score(used_for, w, model_trace, guide_trace, known)
+                evaluation = self._score(used_for, w, model_trace, guide_trace, known)
+                if self._not_analysed:  # said only now, for scoring raises what is wrong with the model itself
+                    warnings.warn(
+                        "the divergence is estimated by Monte Carlo alone, because how the latents depend on each "
+                        f"other could not be found out ({self._not_analysed})",
+                        stacklevel=2,
+                    )
+                    self._not_analysed = ""
+                yield evaluation
 
     def _passes(self, w: float) -> list[_Pass]:
         extra = self.divergence.num_particles
@@ -187,6 +195,10 @@ class GeneralizedELBO(ELBO):
             return [_Pass(self.num_particles, loss=True, divergence=True)]
         return [_Pass(self.num_particles, loss=True, divergence=False), _Pass(extra, loss=False, divergence=True)]
 
+    def _guess_max_plate_nesting(self, model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._guess_max_plate_nesting(model, guide, args, kwargs)
+        self.max_plate_nesting += self._extra_nesting
+
     def _get_trace(self, model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Trace, Trace]:
         return traces.run(model, guide, args, kwargs, max_plate_nesting=self.max_plate_nesting)
 
@@ -195,12 +207,8 @@ class GeneralizedELBO(ELBO):
             try:
                 known = dependence.analyse(model, guide, args, kwargs)
             except Exception as error:  # whatever a user's code raises there: Monte Carlo needs to know nothing
-                warnings.warn(
-                    "the divergence is estimated by Monte Carlo alone, because how the latents depend on each other "
-                    f"could not be found out ({type(error).__name__}: {error})",
-                    stacklevel=2,
-                )
                 known = Dependence()
+                self._not_analysed = f"{type(error).__name__}: {error}"
             self._analysed = (model, guide, known)
         return self._analysed[2]
 
@@ -210,13 +218,13 @@ class GeneralizedELBO(ELBO):
         model_sites, guide_sites = traces.sample_sites(model_trace), traces.sample_sites(guide_trace)
         closed: dict[str, Names] = {}
         if used_for.divergence and self.divergence.analytic:
-            closed = _score_in_closed_form(model_sites, guide_sites, known)
+            closed = scoring.in_closed_form(model_sites, guide_sites, known)
         model_trace.compute_log_prob(lambda _, site: used_for.loss if site["is_observed"] else used_for.divergence)
         guide_trace.compute_score_parts()
         if is_validation_enabled():
             for site in (*model_sites.values(), *guide_sites.values()):
                 if "log_prob" in site:
-                    check_site_shape(site, self.max_plate_nesting)  # type: ignore[arg-type]
+                    check_site_shape(site, self.max_plate_nesting)
             check_if_enumerated(guide_trace)
         observed = [site for site in model_sites.values() if used_for.loss and site["is_observed"]]
         latent = [site for site in model_sites.values() if used_for.divergence and not site["is_observed"]]
@@ -225,7 +233,10 @@ class GeneralizedELBO(ELBO):
         share = 1 / used_for.num_particles
         loss = _total([site["log_prob_sum"] for site in observed]) * -share
         # The Kullback-Leibler divergence adds over sites, so that sums over particles are all it needs.
-        log_q, log_p = _total([_pathwise(site) for site in drawn]), _total([site["log_prob_sum"] for site in latent])
+        log_q, log_p = (
+            _total([scoring.pathwise(site) for site in drawn]),
+            _total([site["log_prob_sum"] for site in latent]),
+        )
         divergence = (log_q - log_p) * (w * share)
         surrogate = loss + divergence
         scored = [site for site in guide_sites.values() if not is_identically_zero(site["score_parts"].score_function)]
@@ -240,7 +251,7 @@ class GeneralizedELBO(ELBO):
                 if name not in closed and name not in model_sites and name in known.guide:
                     depends_on = known.guide[name] | {name}  # an auxiliary site
                 costs.append(Cost(site["cond_indep_stack"], w * site["log_prob"], depends_on))
-            surrogate = surrogate + share * score_function_term(costs, scored)
+            surrogate = surrogate + share * scoring.score_function_term(costs, scored)
         return _Evaluation(
             loss=loss,
             divergence=divergence,
@@ -269,53 +280,3 @@ def _as_float(total: Tensor) -> float:
 
 def _total(terms: list[Tensor]) -> Tensor:
     return sum(terms[1:], terms[0]) if terms else torch.zeros(())
-
-
-def _pathwise(site: Any) -> Tensor:
-    """The summed log-density of a site of the guide, with the part of its gradient that does not vanish on average."""
-    parts: ScoreParts = site["score_parts"]
-    if parts.entropy_term is parts.log_prob:
-        return site["log_prob_sum"]
-    value = site["log_prob_sum"].detach()
-    if is_identically_zero(parts.entropy_term):
-        return value
-    pathwise = parts.entropy_term.sum()
-    return value + (pathwise - pathwise.detach())
-
-
-def _score_in_closed_form(
-    model_sites: dict[str, Any], guide_sites: dict[str, Any], known: Dependence
-) -> dict[str, Names]:
-    """Give sites their expected log-density under the guide instead of that of the draw, where it is known.
-
-    Returns:
-        By name of a site so scored, the latents on which its score depends.
-    """
-    closed: dict[str, Names] = {}
-    for latent, parts in known.closed.items():
-        if latent not in guide_sites or not (parts.keys() <= model_sites.keys() and parts.keys() <= guide_sites.keys()):
-            continue  # the structure changes from run to run
-        drawn = guide_sites[latent]
-        q = drawn["fn"]
-        own = closed_forms.expected_own_log_prob(q)
-        under = {
-            name: closed_forms.expected_log_prob(model_sites[name]["fn"], q)
-            if index is None
-            else closed_forms.expected_log_prob_of_part(
-                model_sites[name]["fn"], q, index, guide_sites[name]["value"].shape
-            )
-            for name, index in parts.items()
-        }
-        if own is None or any(expected is None for expected in under.values()):
-            continue
-        own = scale_and_mask(own, drawn["scale"], drawn["mask"])
-        pathwise_only = closed_forms.is_gaussian(q) and q.has_rsample
-        score: Any = 0 if pathwise_only else q.score_parts(drawn["value"]).score_function
-        drawn.update(log_prob=own, log_prob_sum=own.sum(), score_parts=ScoreParts(own, score, own))
-        closed[latent] = known.guide[latent]
-        for name, expected in under.items():
-            site = model_sites[name]
-            expected = scale_and_mask(expected, site["scale"], site["mask"])
-            site.update(log_prob=expected, log_prob_sum=expected.sum())
-            closed[name] = known.guide[latent] | known.prior[name]
-    return closed

@@ -23,7 +23,7 @@ def random_walk(
     y: Tensor | None = None,
     *,
     n_timesteps: int = 100,
-    tau: float = 0.5,
+    tau: float = 0.1,
     loss: Callable[[Tensor, Tensor], Tensor] = losses.mse,
 ) -> Tensor:
     r"""The random walk with a Gaussian prior on the log-odds of a step upwards.

@@ -9,7 +9,7 @@ from pyrobirds import _checks
 from pyrobirds.simulators import relaxations
 
 
-def random_walk(theta: Tensor, n_timesteps: int, tau: float = 0.5) -> Tensor:
+def random_walk(theta: Tensor, n_timesteps: int, tau: float = 0.1) -> Tensor:
     r"""Simulate walks with steps of plus and minus one.
 
     .. math:: x_0 = 0, \qquad x_t = x_{t-1} + 2 \xi_t - 1, \qquad \xi_t \sim \mathrm{Bernoulli}(\sigma(\theta)).
