@@ -83,7 +83,10 @@ def test_patience_that_never_runs_out() -> None:
     assert fit(make(GeneralizedELBO()), torch.tensor(0.0), num_steps=3, patience=50, progress=False).num_steps == 3
 
 
-def test_bar_shows_what_the_tutorial_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bar_shows_what_the_tutorial_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     y = models.random_walk(n_timesteps=10)
     svi = SVI(models.random_walk, AutoNormal(models.random_walk), Adam({"lr": 0.05}), GeneralizedELBO(w=10))
     result = fit(svi, y, num_steps=3, model_kwargs={"n_timesteps": 10})
