@@ -10,6 +10,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
+from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -39,7 +40,7 @@ class Dependence:
 def analyse(
     model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Dependence:
-    """Run model and guide once, without scoring observed sites, on random numbers of their own."""
+    """Run model and guide a few times, without scoring observed sites, on random numbers of their own."""
     # Validation looks at values, which would count as leaks.
     with poutine.block(), forked_rng(), torch.no_grad(), pyro.validation_enabled(False):
         with _Leaks() as leaks:
@@ -51,40 +52,50 @@ def analyse(
         prior_deps = {
             name: _with_ancestors(_depends_on(site) | leaks.names, direct) for name, site in model_sites.items()
         }
-        order = {name: i for i, (name, site) in enumerate(guide_sites.items()) if _is_latent(site)}
+        latents = [name for name, site in guide_sites.items() if _is_latent(site)]
+        # Where marks were lost for all that (inside torch.vmap, say), other draws of the rest show it.
+        for held in {*guide_deps.values(), *prior_deps.values()}:
+            again = traces.run(model, poutine.replay(guide, trace=_held(held, guide_sites)), args, kwargs)
+            for deps, before, trace in ((prior_deps, model_sites, again[0]), (guide_deps, guide_sites, again[1])):
+                for name in [name for name, names in deps.items() if names == held]:
+                    if not _is_same(before[name], traces.sample_sites(trace).get(name)):
+                        deps[name] = frozenset(latents)
+        closed = _closed(latents, model_sites, guide_sites, prior_deps)
+    return Dependence(closed, guide_deps, prior_deps)
 
-        closed: dict[str, dict[str, Tensor | None]] = {}
-        ruled_out: set[str] = set()
-        for name, site in model_sites.items():
-            above = get_provenance(site["value"])
-            if not above:
-                continue
-            latent = max(above, key=order.__getitem__)
-            drawn_before = {other for other, i in order.items() if i < order[latent]}
-            if (
-                above == {latent}
-                and prior_deps[name] <= drawn_before
-                and _is_cut_out(guide_sites[name], guide_sites[latent])
-            ):
-                closed.setdefault(latent, {})[name] = _index(site["value"], guide_sites[latent]["value"])
-            else:
-                ruled_out.add(latent)
-    return Dependence(
-        closed={latent: sites for latent, sites in closed.items() if latent not in ruled_out},
-        guide=guide_deps,
-        prior=prior_deps,
-    )
+
+def _closed(
+    latents: list[str], model_sites: dict[str, Any], guide_sites: dict[str, Any], prior_deps: dict[str, Names]
+) -> dict[str, dict[str, Tensor | None]]:
+    """See :class:`Dependence`."""
+    closed: dict[str, dict[str, Tensor | None]] = {}
+    ruled_out: set[str] = set()
+    for name, site in model_sites.items():
+        above = get_provenance(site["value"])
+        if not above:
+            continue
+        latent = max(above, key=latents.index)
+        drawn_before = {*latents[: latents.index(latent)]}
+        if (
+            above == {latent}
+            and prior_deps[name] <= drawn_before
+            and _is_cut_out(guide_sites[name], guide_sites[latent])
+        ):
+            closed.setdefault(latent, {})[name] = _index(site["value"], guide_sites[latent]["value"])
+        else:
+            ruled_out.add(latent)
+    return {latent: sites for latent, sites in closed.items() if latent not in ruled_out}
 
 
 class _Leaks(TorchFunctionMode):
-    """Notices where the value of a tensor goes on without its marks: into Python (a branch), NumPy, or a new tensor.
+    """Notices where the value of a tensor goes on without its marks: into Python (a branch), NumPy, or another tensor.
 
-    What happens then is taken to depend on it wherever it happens.
+    What happens in the run is then taken to depend on it, wherever it happens.
     """
 
     INTO_PYTHON = (
         *("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__complex__", "__index__"),
-        *("__contains__", "equal", "allclose", "is_nonzero"),
+        *("__contains__", "__format__", "equal", "allclose", "is_nonzero"),
     )
 
     def __init__(self) -> None:
@@ -92,10 +103,18 @@ class _Leaks(TorchFunctionMode):
         self.names: Names = frozenset()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        lost = get_provenance((args, kwargs or {})) - get_provenance(result)
-        if isinstance(result, Tensor) or getattr(func, "__name__", "") in self.INTO_PYTHON:
-            self.names |= lost
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        result = func(*args, **kwargs)
+        into = get_provenance((args, kwargs))
+        if name in self.INTO_PYTHON:
+            self.names |= into
+        elif name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__")):
+            self.names |= into - get_provenance(args[0])
+        elif "out" in kwargs:
+            self.names |= into - get_provenance(kwargs["out"])
+        elif isinstance(result, Tensor):
+            self.names |= into - get_provenance(result)
         return result
 
 
@@ -113,6 +132,25 @@ def _is_latent(site: Any) -> bool:
 
 def _depends_on(site: Any) -> Names:
     return get_provenance(site["fn"].log_prob(detach_provenance(site["value"])))
+
+
+def _held(names: Names, guide_sites: dict[str, Any]) -> Trace:
+    """A trace of these latents as they were drawn."""
+    trace = Trace()
+    for name in names:
+        site = guide_sites[name]
+        trace.add_node(name, **{**site, "value": detach_provenance(site["value"])})
+    return trace
+
+
+def _is_same(site: Any, again: Any) -> bool:
+    """Whether the distributions of a site in two runs have the same density at the value of the first."""
+    value = detach_provenance(site["value"])
+    try:
+        here, there = (detach_provenance(run["fn"].log_prob(value)) for run in (site, again))
+    except Exception:  # of a site that is gone, or of a distribution that can't score another's draw
+        return False
+    return torch.equal(here, there)
 
 
 def _with_ancestors(names: Names, direct: dict[str, Names]) -> Names:

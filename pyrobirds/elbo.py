@@ -14,6 +14,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.util import check_if_enumerated, check_site_shape, warn_if_nan
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from pyrobirds import _checks, dependence, scoring, traces
 from pyrobirds.dependence import Dependence, Names
@@ -124,7 +125,7 @@ class GeneralizedELBO(ELBO):
         )
         self.terms: Terms | None = None
         self.step = 0
-        self._analysed: tuple[Fn, Fn, Dependence] | None = None
+        self._analysed: tuple[Any, Dependence] | None = None
         self._not_analysed = ""
 
     def loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> float:
@@ -203,14 +204,15 @@ class GeneralizedELBO(ELBO):
         return traces.run(model, guide, args, kwargs, max_plate_nesting=self.max_plate_nesting)
 
     def _dependence(self, model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dependence:
-        if self._analysed is None or self._analysed[:2] != (model, guide):
+        asked = (model, guide, _kinds((args, kwargs)))
+        if self._analysed is None or self._analysed[0] != asked:
             try:
                 known = dependence.analyse(model, guide, args, kwargs)
             except Exception as error:  # whatever a user's code raises there: Monte Carlo needs to know nothing
                 known = Dependence()
                 self._not_analysed = f"{type(error).__name__}: {error}"
-            self._analysed = (model, guide, known)
-        return self._analysed[2]
+            self._analysed = (asked, known)
+        return self._analysed[1]
 
     def _score(
         self, used_for: _Pass, w: float, model_trace: Trace, guide_trace: Trace, known: Dependence
@@ -265,6 +267,12 @@ def _particles(batch: int, max_plate_nesting: float) -> Callable[[Fn], Fn]:
     if batch == 1:
         return lambda fn: fn
     return pyro.plate("num_particles_vectorized", batch, dim=-int(max_plate_nesting))
+
+
+def _kinds(arguments: Any) -> list[Any]:
+    """What of a model's arguments may change its structure: all but the values of tensors and floats."""
+    leaves, structure = tree_flatten(arguments)
+    return [structure, *(leaf if isinstance(leaf, (bool, int, str)) else type(leaf) for leaf in leaves)]
 
 
 def _values(evaluation: _Evaluation) -> tuple[Tensor, Tensor]:
