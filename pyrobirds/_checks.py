@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -29,21 +29,30 @@ def _int_of_at_least(least: int, name: str, value: object) -> int:
 
 def non_negative(name: str, value: object) -> float:
     """Return ``value`` as a finite float of at least 0, or raise."""
+    return _in_range("number of at least 0", lambda number: number >= 0, name, value)
+
+
+def boolean(name: str, value: object) -> bool:
+    """Return ``value`` if it is True or False, or raise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def _in_range(expected: str, holds: Callable[[float], bool], name: str, value: object) -> float:
     if isinstance(value, torch.Tensor) and value.dim() == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number of at least 0, got {value!r}")
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-    return float(value)
+        raise TypeError(f"{name} must be a {expected}, got {value!r}")
+    number = float(value)
+    if not math.isfinite(number) or not holds(number):
+        raise ValueError(f"{name} must be a finite {expected}, got {value!r}")
+    return number
 
 
 def positive(name: str, value: object) -> float:
     """Return ``value`` as a finite float above 0, or raise."""
-    number = non_negative(name, value)
-    if number == 0:
-        raise ValueError(f"{name} must be above 0, got {value!r}")
-    return number
+    return _in_range("number above 0", lambda number: number > 0, name, value)
 
 
 def shape_text(shape: Sequence[int]) -> str:

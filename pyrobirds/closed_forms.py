@@ -10,6 +10,16 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
+# Exact types only: a subclass may have a density of its own, and some of the forms that torch registers for other
+# families are wrong for batches (Wishart) or not there for them (Multinomial).
+_KNOWN = tuple(
+    getattr(module, name)
+    for name in (
+        *("Bernoulli", "Beta", "Categorical", "Dirichlet", "Exponential", "Gamma", "Geometric", "Laplace", "LogNormal"),
+        "OneHotCategorical",
+    )
+    for module in (torch.distributions, dist)
+)
 _NORMAL = (torch.distributions.Normal, dist.Normal)
 _JOINT_NORMAL = (
     torch.distributions.MultivariateNormal,
@@ -33,17 +43,14 @@ def is_gaussian(d: Distribution) -> bool:
 
 def expected_own_log_prob(q: Distribution) -> Tensor | None:
     """E_q[log q(z)], minus the entropy of q, of the batch shape of q; None where it is not known."""
-    try:
-        return -q.entropy()
-    except NotImplementedError:
-        return None
+    return -q.entropy() if is_gaussian(q) or type(base(q)) in _KNOWN else None
 
 
 def expected_log_prob(p: Distribution, q: Distribution) -> Tensor | None:
     r"""E_q[log p(z)] of two distributions over the same z, of their common batch shape; None where it is not known.
 
     Between Gaussians :math:`E_q \log p(z) = \log p(\mu_q) - \tfrac12 \mathrm{tr}(\Sigma_p^{-1} \Sigma_q)`; elsewhere
-    :math:`-KL(q \| p) - H(q)`, where torch or Pyro know both.
+    :math:`-KL(q \| p) - H(q)`, for pairs of common families of which torch or Pyro know the divergence.
 
     Example:
         >>> p, q = dist.Normal(0.0, 1.0), dist.Normal(1.0, 2.0)
@@ -55,7 +62,7 @@ def expected_log_prob(p: Distribution, q: Distribution) -> Tensor | None:
         return _under_gaussian(p, q.mean, q.variance, None)
     if type(q_base) in _JOINT_NORMAL:
         return _under_gaussian(p, q.mean, q.variance, q_base.covariance_matrix)
-    if p.event_shape != q.event_shape:
+    if type(q_base) not in _KNOWN or type(base(p)) not in _KNOWN or p.event_shape != q.event_shape:
         return None
     try:
         return -kl_divergence(q, p) - q.entropy()

@@ -63,8 +63,7 @@ class KL(Divergence):
     num_particles: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.analytic, bool):
-            raise TypeError(f"analytic must be True or False, got {self.analytic!r}")
+        _checks.boolean("analytic", self.analytic)
         if self.num_particles is not None:
             _checks.positive_int("num_particles", self.num_particles)
 

@@ -110,8 +110,11 @@ class GeneralizedELBO(ELBO):
         **options: Any,
     ) -> None:
         self.w = w if callable(w) else _checks.non_negative("w", w)
-        if not isinstance(divergence, KL):
+        if type(divergence) is not KL:  # whose sums over sites are built in below
             raise TypeError(f"divergence must be a pyrobirds.divergences.KL, got {divergence!r}")
+        _checks.boolean("vectorize_particles", vectorize_particles)
+        if max_plate_nesting != float("inf"):
+            max_plate_nesting = _checks.non_negative_int("max_plate_nesting", max_plate_nesting)
         self.divergence = divergence
         num_particles = _checks.positive_int("num_particles", num_particles)
         # Pyro reserves a dimension for the particles of the loss if there are several; the divergence's need one too.
@@ -123,6 +126,7 @@ class GeneralizedELBO(ELBO):
             max_plate_nesting=max_plate_nesting + self._extra_nesting,
             **options,
         )
+        self._check_shapes = max_plate_nesting != float("inf")  # Pyro checks them itself where it guesses the nesting
         self.terms: Terms | None = None
         self.step = 0
         self._analysed: tuple[Any, Dependence] | None = None
@@ -146,7 +150,7 @@ class GeneralizedELBO(ELBO):
     def differentiable_loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> Tensor:
         """Estimate the objective by a scalar whose gradient estimates the objective's gradient."""
         parts = list(self._evaluate(self._weight(), model, guide, args, kwargs))
-        self.step += 1
+        self.step += torch.is_grad_enabled()
         terms = self._record([_values(part) for part in parts])
         surrogate = _total([part.surrogate for part in parts])
         if is_validation_enabled():
@@ -167,7 +171,11 @@ class GeneralizedELBO(ELBO):
     def _evaluate(
         self, w: float, model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Iterator[_Evaluation]:
-        """Yield shares that add up to the objective. No value of a tensor is looked at here unless Pyro validates."""
+        """Yield shares that add up to the objective.
+
+        After a first evaluation, which finds out about the model, no value of a tensor is looked at unless Pyro
+        validates, and nothing but the traces is written to.
+        """
         if self.vectorize_particles and self.max_plate_nesting == float("inf"):
             self._guess_max_plate_nesting(model, guide, args, kwargs)
         for used_for in self._passes(w):
@@ -175,6 +183,9 @@ class GeneralizedELBO(ELBO):
             for batch in [n] if self.vectorize_particles else [1] * n:
                 particles = _particles(batch, self.max_plate_nesting)
                 model_trace, guide_trace = self._get_trace(particles(model), particles(guide), args, kwargs)
+                if self._check_shapes and batch > 1 and is_validation_enabled():
+                    traces.check_shapes(model, guide, args, kwargs)
+                    self._check_shapes = False
                 known = Dependence()
                 if self.divergence.analytic or guide_trace.nonreparam_stochastic_nodes:
                     known = self._dependence(model, guide, args, kwargs)
@@ -210,7 +221,7 @@ class GeneralizedELBO(ELBO):
                 known = dependence.analyse(model, guide, args, kwargs)
             except Exception as error:  # whatever a user's code raises there: Monte Carlo needs to know nothing
                 known = Dependence()
-                self._not_analysed = f"{type(error).__name__}: {error}"
+                self._not_analysed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             self._analysed = (asked, known)
         return self._analysed[1]
 

@@ -87,7 +87,9 @@ def fit(
         raise TypeError(f"svi must be a pyro.infer.SVI, got {svi!r}")
     num_steps = _checks.positive_int("num_steps", num_steps)
     patience = num_steps if patience is None else _checks.positive_int("patience", patience)
-    kwargs = dict(model_kwargs or {})
+    if not isinstance(model_kwargs, Mapping | None):
+        raise TypeError(f"model_kwargs must be a dict of keyword arguments, got {model_kwargs!r}")
+    kwargs = {**(model_kwargs or {})}
 
     rows: list[dict[str, float]] = []
     best, stall = math.inf, 0

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.util import prune_subsample_sites
-from pyro.util import check_model_guide_match
+from pyro.util import check_model_guide_match, check_site_shape
+
+from pyrobirds._rng import forked_rng
 
 
 def run(
@@ -40,6 +43,23 @@ def run(
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+
+def check_shapes(
+    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Raise Pyro's error for sites whose batch dimensions are not those of their plates, without scoring them.
+
+    It takes a run with one particle: in a batch of particles a dimension that no plate declares may pass for theirs.
+    """
+    if isinstance(poutine.unwrap(guide), GuideMessenger):
+        return  # set up with a batch of particles, it may have parameters for each of them
+    with poutine.block(), forked_rng(), torch.no_grad():
+        for trace in run(model, guide, args, kwargs):
+            for site in sample_sites(trace).values():
+                fn, value = site["fn"], site["value"]
+                batch_shape = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
+                check_site_shape({**site, "log_prob": torch.empty(batch_shape)}, float("inf"))  # type: ignore[arg-type]
 
 
 def sample_sites(trace: Trace) -> dict[str, Any]:

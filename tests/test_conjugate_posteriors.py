@@ -271,7 +271,7 @@ def test_arguments_and_results_pass_through():
 @pytest.mark.parametrize(
     ("w", "error", "message"),
     [
-        (0, ValueError, r"w must be above 0, got 0"),
+        (0, ValueError, r"w must be a finite number above 0, got 0"),
         (-1.0, ValueError, r"w must be .*got -1\.0"),
         (math.nan, ValueError, r"w must be .*got nan"),
         (math.inf, ValueError, r"w must be .*got inf"),

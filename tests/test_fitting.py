@@ -107,6 +107,7 @@ def test_bar_shows_what_the_tutorial_prints(
         ({"num_steps": 1.5}, TypeError, "num_steps must be a whole number"),
         ({"num_steps": 2, "patience": 0}, ValueError, "patience must be at least 1"),
         ({"num_steps": 2, "patience": True}, TypeError, "patience must be a whole number"),
+        ({"num_steps": 2, "model_kwargs": 3}, TypeError, "model_kwargs must be a dict of keyword arguments, got 3"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], match: str) -> None:

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "pyrobirds"
 
 # A module may import the layers below its own.
 LAYERS = (
-    {"_checks", "_rng", "closed_forms", "traces"},
+    {"_checks", "_rng", "closed_forms"},
+    {"traces"},
     {"dependence", "divergences", "losses", "tempering"}
     | {"simulators.contract", "simulators.parameters", "simulators.relaxations", "simulators.unbatched"},
     {"scoring"},

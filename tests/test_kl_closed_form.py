@@ -515,7 +515,7 @@ WAYS_OUT_OF_TORCH: dict[str, Callable[[Tensor], object]] = {
     "NumPy": lambda x: torch.from_numpy(np.array(x.detach().numpy() + 0.0)),
     "asarray": lambda x: float(np.asarray(x.detach())),
     "data": lambda x: x.data,
-    "new tensor": lambda x: torch.tensor([x, x])[0],
+    "new tensor": lambda x: torch.tensor([x.detach(), x.detach()])[0],
     "format": lambda x: float(f"{x.detach():.17g}"),
     "custom function": Identity.apply,
     "vmap": lambda x: torch.vmap(lambda each: each * 1.0)(x.reshape(1))[0],

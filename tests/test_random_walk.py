@@ -39,8 +39,8 @@ def test_steps_are_one_and_start_at_zero() -> None:
     [
         ({"n_timesteps": 0}, ValueError, "n_timesteps must be at least 1, got 0"),
         ({"n_timesteps": 2.5}, TypeError, "n_timesteps must be a whole number"),
-        ({"n_timesteps": 5, "tau": 0.0}, ValueError, "tau must be above 0"),
-        ({"n_timesteps": 5, "tau": "hot"}, TypeError, "tau must be a number"),
+        ({"n_timesteps": 5, "tau": 0.0}, ValueError, "tau must be a finite number above 0, got 0.0"),
+        ({"n_timesteps": 5, "tau": "hot"}, TypeError, "tau must be a number above 0"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], error: type[Exception], match: str) -> None:
@@ -73,3 +73,8 @@ def test_choices_have_their_probabilities() -> None:
     p = torch.tensor([0.01, 0.3, 0.5, 0.9])
     share = relaxations.bernoulli(torch.logit(p).expand(n, 4), tau=0.5).mean(0)
     assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all()
+
+
+def test_temperature_of_a_choice_is_checked() -> None:
+    with pytest.raises(ValueError, match="tau must be a finite number above 0, got 0"):
+        relaxations.bernoulli(torch.zeros(2), tau=0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Predictive
@@ -298,3 +299,121 @@ def test_repr() -> None:
     assert repr(walk(torch.zeros(2))) == "Simulator(drift)(batch_shape=(2,))"
     with pyro.plate("series", 3, dim=-2):
         assert "drift" in repr(walk(torch.zeros(2)))
+
+
+def numpy_loss(x: Tensor, y: Tensor) -> Tensor:
+    return torch.as_tensor(((x.detach().numpy() - y.numpy()) ** 2).mean(-1))
+
+
+def test_a_loss_that_cuts_the_graph() -> None:
+    """Nothing would be learnt, and the prior would come back as the posterior."""
+    with pytest.raises(
+        ValueError, match=message("the loss 'numpy_loss'", "drift", "not depend differentiably on 'theta'", "NumPy")
+    ):
+        step(Simulator(drift, numpy_loss))
+
+
+def over_draws(x: Tensor, y: Tensor) -> Tensor:
+    return (x - y).square().mean(0)
+
+
+def time_in_front(theta: Tensor) -> Tensor:
+    return drift(theta, T).T
+
+
+def average_theta(theta: Tensor) -> Tensor:
+    return drift(theta.mean().expand(len(theta)), T)
+
+
+@pytest.mark.parametrize(
+    ("fn", "loss"), [(drift, over_draws), (time_in_front, losses.mse), (average_theta, losses.mse)]
+)
+def test_mixing_up_draws_is_found_where_shapes_cannot_tell(
+    fn: Callable[..., Tensor], loss: Callable[..., Tensor]
+) -> None:
+    theta = torch.zeros(T, requires_grad=True)  # as many draws as time steps
+    with pytest.raises(ValueError, match=message("mixes up the draws", "'theta'", "FIRST dimension")):
+        Simulator(fn, loss)(theta).log_prob(torch.ones(T))
+    with pytest.raises(ValueError, match=message("mixes up the draws", "'theta'", "FIRST dimension")):
+        step(Simulator(fn, loss), torch.ones(T), num_particles=T, max_plate_nesting=0)
+
+
+def test_a_loss_that_is_not_finite_at_the_first_run() -> None:
+    with pytest.raises(ValueError, match=message("the loss", "drift", "not finite", "2 of 2 draws")):
+        Simulator(drift, lambda x, y: x.sum(-1) * torch.inf)(torch.zeros(2)).log_prob(Y)
+    with pytest.raises(ValueError, match=message("the loss 'breaks'", "not finite", "1 of 2 draws")):
+        Simulator.from_loss(lambda_named("breaks", lambda theta, y: theta * torch.tensor([1.0, torch.nan])))(
+            torch.ones(2)
+        ).log_prob(Y)
+
+
+@pytest.mark.parametrize(
+    ("dims", "error", "parts"),
+    [
+        (-1, ValueError, ("theta_event_dims", "at least 0", "-1")),
+        ("x", TypeError, ("theta_event_dims", "whole number", "'x'")),
+        (1.0, TypeError, ("theta_event_dims", "whole number", "1.0")),
+        ([0, -2], ValueError, ("theta_event_dims", "-2")),
+        ({"theta": True}, TypeError, ("theta_event_dims", "True")),
+    ],
+)
+def test_theta_event_dims_are_checked_at_once(dims: Any, error: type[Exception], parts: tuple[str, ...]) -> None:
+    with pytest.raises(error, match=message(*parts)):
+        Simulator(drift, losses.mse, theta_event_dims=dims)
+
+
+def test_batched_is_true_or_false() -> None:
+    with pytest.raises(TypeError, match=message("batched must be True or False", "'no'")):
+        Simulator(drift, losses.mse, batched="no")
+
+
+def test_a_setting_whose_name_the_simulator_takes_itself() -> None:
+    def noisy(theta: Tensor, seed: int) -> Tensor:
+        return drift(theta, T)
+
+    with pytest.raises(
+        TypeError, match=message("missing a required argument: 'seed'", "['seed']", "functools.partial")
+    ):
+        Simulator(noisy, losses.mse, seed=3)(torch.zeros(2))
+
+
+def test_a_hand_written_guide_without_the_data() -> None:
+    model = model_of(Simulator(drift, losses.mse))
+
+    def guide(y: Tensor | None = None) -> None:
+        pyro.sample("theta", dist.Normal(pyro.param("at", torch.tensor(0.0)), 1.0))
+
+    svi = SVI(model, guide, Adam({"lr": 0.01}), GeneralizedELBO())
+    with pytest.raises(ValueError, match=message("Simulator(drift)", "own draw", "no data", "svi.step(y)")):
+        svi.step()
+
+
+def accidental_series() -> Callable[..., Any]:
+    return model_of(Simulator(drift, losses.mse))
+
+
+def accidental_vector(y: Tensor) -> None:
+    theta = pyro.sample("theta", dist.Normal(torch.zeros(10), 1.0).to_event(1))
+    pyro.sample("x", Simulator(drift, losses.mse)(theta), obs=y)  # theta_event_dims=1 forgotten
+
+
+def accidental_constant(y: Tensor) -> None:
+    def two(theta: Tensor, k: Tensor) -> Tensor:
+        return drift(theta + k, T)
+
+    theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    pyro.sample("x", Simulator(two, losses.mse)(theta, torch.arange(10.0)), obs=y)
+
+
+@pytest.mark.parametrize("nesting", [{}, {"max_plate_nesting": 0}], ids=["guessed", "given"])
+@pytest.mark.parametrize(
+    ("model", "y"),
+    [(accidental_series(), torch.zeros(10, T)), (accidental_vector, Y), (accidental_constant, Y)],
+    ids=["series without a plate", "vector taken for scalars", "constant taken for scalars"],
+)
+def test_a_batch_as_long_as_the_particles_is_not_taken_for_them(
+    model: Callable[..., Any], y: Tensor, nesting: dict[str, int]
+) -> None:
+    svi = SVI(model, AutoNormal(model), Adam({"lr": 0.01}), GeneralizedELBO(num_particles=10, **nesting))
+    with pytest.raises(ValueError, match=r'site "x", invalid log_prob shape|batch shape \(10,\).*pyro.plate'):
+        svi.step(y)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pyro
@@ -112,7 +114,9 @@ def test_from_loss_violations() -> None:
         Simulator.from_loss(lambda_loss)(torch.zeros(3)).log_prob(torch.zeros(3, T))
     with pytest.raises(ValueError, match=r"from_loss|event_dim"):
         Simulator.from_loss(tutorial_loss, batched=False)(torch.zeros(3)).log_prob(torch.tensor(0.0))
-    with pytest.raises(TypeError, match="must take parameters and, as its last parameter, the data"):
+    with pytest.raises(
+        TypeError, match="must take parameters and the data: in a parameter called y, or in the last one"
+    ):
         Simulator.from_loss(lambda: torch.tensor(0.0))
     with pytest.raises(ValueError, match=r"not depend differentiably on 'theta'"):
         Simulator.from_loss(lambda theta, y: (theta.detach() - y).mean(), batched=False)(
@@ -206,3 +210,44 @@ def test_bare_factor_is_silently_wrong_where_from_loss_is_right() -> None:
     theta = torch.tensor([-1.0, 1.0])
     assert torch.equal(Simulator.from_loss(one_loss, batched=False)(theta).log_prob(y), torch.tensor([-1.0, -1.0]))
     assert one_loss(theta, y) == 0  # the two particles cancelled
+
+
+@pytest.mark.parametrize("make", [lambda: np.random.default_rng(0).normal, lambda: random.Random(0).gauss])
+def test_noise_from_a_generator_of_the_functions_own_is_not_shared_either(make: Callable[[], Callable]) -> None:
+    normal = make()
+
+    def fn(theta: Tensor) -> Tensor:
+        return theta + torch.tensor([normal(0.0, 1.0) for _ in range(T)])
+
+    with pytest.warns(UserWarning, match="loop.*generator outside of torch"):
+        x = Simulator(fn, losses.mse, batched=False)(torch.zeros(4)).sample()
+    assert len({tuple(row) for row in x.tolist()}) == 4
+
+
+def test_functions_without_noise_go_through_vmap() -> None:
+    walk = Simulator(lambda theta: theta + torch.arange(float(T)), losses.mse, batched=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(walk(torch.zeros(3)).sample(), torch.arange(float(T)).expand(3, T))
+
+
+def test_from_loss_finds_the_data() -> None:
+    """The parameter called y, or else the last one without a default; however the function takes it."""
+
+    def with_default(theta: Tensor, y: Tensor, tau: float = 0.5) -> Tensor:
+        return ((theta - y) ** 2).mean() * tau
+
+    def optional(theta: Tensor, y: Tensor | None = None, tau: float = 0.5) -> Tensor:
+        return ((theta - y) ** 2).mean() * tau
+
+    def other_name(theta: Tensor, data: Tensor, tau: float = 0.5) -> Tensor:
+        return ((theta - data) ** 2).mean() * tau
+
+    def positional(theta: Tensor, y: Tensor, /) -> Tensor:
+        return ((theta - y) ** 2).mean() * 0.5
+
+    partial = functools.partial(lambda theta, y, n: ((theta - y) ** 2).mean() / n, n=2)
+    for loss in (with_default, optional, other_name, positional, partial):
+        site = Simulator.from_loss(loss, batched=False)(torch.zeros(3))
+        assert site.log_prob(torch.ones(T)).tolist() == [-0.5] * 3
+    assert Simulator.from_loss(with_default, batched=False, tau=1.0)(torch.zeros(1)).log_prob(torch.ones(T)) == -1

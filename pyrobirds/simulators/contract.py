@@ -35,8 +35,8 @@ def check_finite(what: str, x: Tensor) -> None:
     bad = ~x.isfinite().reshape(len(x), -1).all(1)
     if bool(bad.any()):
         raise ValueError(
-            f"{what} is not finite (NaN or infinity) in {int(bad.sum())} of {len(x)} draws of its first run: mend the "
-            "simulator, or choose a prior that does not reach parameters which it cannot take"
+            f"{what} is not finite (NaN or infinity) in {int(bad.sum())} of {len(x)} draws of its first run: mend it, "
+            "or choose a prior that does not reach parameters which it cannot take"
         )
 
 
@@ -66,12 +66,41 @@ def check_gradient(what: str, results: Sequence[Tensor], inputs: dict[str, Tenso
         )
 
 
+def check_loss_gradient(what: str, value: Tensor, inputs: dict[str, Tensor]) -> None:
+    """Raise unless ``value``, ``(B,)``, has a gradient, and the first draw's is one in its own parameters only."""
+    gradients: Sequence[Tensor | None] = [None]
+    if value.requires_grad:
+        gradients = torch.autograd.grad(value[0], [*inputs.values()], retain_graph=True, allow_unused=True)
+    found = {name: gradient for name, gradient in zip(inputs, gradients, strict=False) if gradient is not None}
+    if not found:
+        raise ValueError(
+            f"{what} does not depend differentiably on {', '.join(map(repr, inputs))}: compute it from x by torch "
+            "operations that keep the graph (no .item(), .detach() or NumPy)"
+        )
+    if mixed := [name for name, gradient in found.items() if bool(gradient[1:].nan_to_num().any())]:
+        raise ValueError(
+            f"{what} mixes up the draws of a batch: that of the first draw depends on {', '.join(map(repr, mixed))} of "
+            "others. The batch is the FIRST dimension of parameters, x, y and loss; reduce over the others only"
+        )
+
+
 def check_loss(what: str, value: Any, n: int, remedy: str) -> Tensor:
     """``value`` if it is one loss for each of ``n`` draws, else an error."""
     if isinstance(value, Tensor) and value.shape == (n,):
         return value
     came = f"shape {shape_text(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
     raise ValueError(f"{what} returned {came}, expected shape ({n},), one loss for each draw: {remedy}")
+
+
+def event_shape_of(what: str, y: Any, event_dim: int) -> torch.Size:
+    """The shape of one draw of the data, its ``event_dim`` rightmost dimensions."""
+    shape = y.shape if isinstance(y, Tensor) else torch.Size()
+    if isinstance(y, Tensor) and len(shape) < event_dim:
+        raise ValueError(
+            f"the data of {what} has shape {shape_text(shape)}, expected at least event_dim={event_dim} dimensions: "
+            "set event_dim to the number of dimensions of one draw"
+        )
+    return shape[len(shape) - event_dim :]
 
 
 def expand_data(what: str, y: Any, event_shape: torch.Size, batch_shape: torch.Size) -> Tensor:

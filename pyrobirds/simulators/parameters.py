@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyrobirds import _checks
 from pyrobirds._checks import shape_text
 
 EventDims = int | Sequence[int] | Mapping[str, int]
@@ -33,6 +34,10 @@ class Theta(NamedTuple):
             for tensor, event in zip(self.tensors, events, strict=True)
         ]
 
+    def differentiable(self, flat: list[Tensor]) -> dict[str, Tensor]:
+        """Those of the flattened parameters, by name, with respect to which there is a gradient."""
+        return {name: tensor for name, tensor in zip(self.names, flat, strict=True) if tensor.requires_grad}
+
     def arguments(self, flat: list[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """Flattened parameters as the positional and the keyword arguments that they were passed as."""
         n = self.n_positional
@@ -47,15 +52,14 @@ class Parameters:
         fn: the function.
         settings: its settings by name.
         event_dims: as of :class:`pyrobirds.Simulator`.
-        data_last: whether the last parameter that is not a setting takes the data.
+        takes_data: whether one parameter takes the data: the one called y, or else the last without a default.
     """
 
     def __init__(
-        self, name: str, fn: Callable[..., Any], settings: Mapping[str, Any], event_dims: EventDims, data_last: bool
+        self, name: str, fn: Callable[..., Any], settings: Mapping[str, Any], event_dims: EventDims, takes_data: bool
     ) -> None:
         self.name = name
         self.settings = dict(settings)
-        self.event_dims = event_dims
         self._signature = _signature(name, fn)
         try:
             self._signature.bind_partial(**settings)
@@ -63,35 +67,38 @@ class Parameters:
             raise TypeError(
                 f"{name} does not take the settings {sorted(settings)}: {error}; it is {name}{self._signature}"
             ) from None
-        named = (
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            inspect.Parameter.KEYWORD_ONLY,
-            inspect.Parameter.POSITIONAL_ONLY,
-        )
-        self.names = [
-            parameter.name
+        kinds = inspect.Parameter
+        parameters = [
+            parameter
             for parameter in self._signature.parameters.values()
-            if parameter.kind in named and parameter.name not in settings
+            if parameter.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD) and parameter.name not in settings
         ]
-        self.data_name = ""
-        if data_last:
-            if not self.names:
-                raise TypeError(f"{name}{self._signature} must take parameters and, as its last parameter, the data y")
-            self.data_name = self.names.pop()
-        if isinstance(event_dims, Mapping) and set(event_dims) - set(self.names):
-            raise ValueError(
-                f"theta_event_dims names {sorted(event_dims)}, but the parameters of {name} are {self.names}"
-            )
+        self._data = _data_parameter(name, self._signature, parameters) if takes_data else None
+        self.names = [parameter.name for parameter in parameters if parameter is not self._data]
+        self.event_dims = self._checked_event_dims(event_dims)
+
+    def with_data(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call, with the data where the function takes them."""
+        if self._data is None:
+            return args, {**kwargs}
+        if self._data.kind is inspect.Parameter.POSITIONAL_ONLY:
+            return (*args, y), {**kwargs}
+        return args, {**kwargs, self._data.name: y}
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Theta:
         """Check and name the parameters of a call."""
-        data = {self.data_name: None} if self.data_name else {}
         try:
-            self._signature.bind(*args, **kwargs, **self.settings, **data)
+            all_args, all_kwargs = self.with_data(args, kwargs, None)
+            self._signature.bind(*all_args, **all_kwargs, **self.settings)
         except TypeError as error:
+            data = f", the data are its {self._data.name!r}" if self._data else ""
+            clashing = sorted({"loss", "batched", "theta_event_dims", "event_dim", "seed"} & {*self.names})
+            remedy = f". Fix {clashing}, which Simulator takes itself, by functools.partial" if clashing else ""
             raise TypeError(
                 f"{self.name} was called with {len(args)} positional parameters and {sorted(kwargs)} by keyword: "
-                f"{error}. Its parameters are {self.names}, its settings {sorted(self.settings)}"
+                f"{error}. Its parameters are {self.names}, its settings {sorted(self.settings)}{data}{remedy}"
             ) from None
         positional = [*self.names, *(f"argument {i}" for i in range(len(self.names), len(args)))][: len(args)]
         names = [*positional, *kwargs]
@@ -123,6 +130,17 @@ class Parameters:
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"parameter {name!r} of {self.name} must be a tensor or a number, got {value!r}") from None
 
+    def _checked_event_dims(self, event_dims: Any) -> EventDims:
+        if isinstance(event_dims, Mapping):
+            if unknown := set(event_dims) - set(self.names):
+                raise ValueError(
+                    f"theta_event_dims names {sorted(unknown)}, but the parameters of {self.name} are {self.names}"
+                )
+            return {name: _checks.non_negative_int("theta_event_dims", dim) for name, dim in event_dims.items()}
+        if isinstance(event_dims, Sequence) and not isinstance(event_dims, str):
+            return [_checks.non_negative_int("theta_event_dims", dim) for dim in event_dims]
+        return _checks.non_negative_int("theta_event_dims", event_dims)
+
     def _dims_of(self, names: list[str]) -> list[int]:
         dims = self.event_dims
         if isinstance(dims, Mapping):
@@ -135,6 +153,17 @@ class Parameters:
             )
         in_order = sorted(names, key=lambda name: self.names.index(name) if name in self.names else len(self.names))
         return [dims[in_order.index(name)] for name in names]
+
+
+def _data_parameter(name: str, signature: inspect.Signature, parameters: list[inspect.Parameter]) -> inspect.Parameter:
+    called_y = [parameter for parameter in parameters if parameter.name == "y"]
+    required = [parameter for parameter in parameters if parameter.default is inspect.Parameter.empty]
+    if len(parameters) < 2 or not (called_y or required):
+        raise TypeError(
+            f"{name}{signature} must take parameters and the data: in a parameter called y, or in the last one without "
+            "a default"
+        )
+    return (called_y or required)[-1]
 
 
 def _signature(name: str, fn: Callable[..., Any]) -> inspect.Signature:

@@ -40,6 +40,5 @@ def random_walk(theta: Tensor, n_timesteps: int, tau: float = 0.1) -> Tensor:
         True
     """
     n_timesteps = _checks.positive_int("n_timesteps", n_timesteps)
-    tau = _checks.positive("tau", tau)
     steps = 2 * relaxations.bernoulli(theta.unsqueeze(-1).expand(*theta.shape, n_timesteps - 1), tau) - 1
     return torch.nn.functional.pad(steps.cumsum(-1), (1, 0))

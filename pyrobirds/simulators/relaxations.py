@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyrobirds import _checks
+
 
 def bernoulli(logits: Tensor, tau: float) -> Tensor:
     r"""Draw 0 or 1 with a straight-through gradient.
@@ -19,6 +21,9 @@ def bernoulli(logits: Tensor, tau: float) -> Tensor:
         logits: log-odds of a 1, any shape.
         tau: temperature of the relaxation, above 0.
 
+    Raises:
+        TypeError, ValueError: ``tau`` is not a number above 0.
+
     Returns:
         Zeros and ones in the shape and dtype of ``logits``.
 
@@ -31,6 +36,7 @@ def bernoulli(logits: Tensor, tau: float) -> Tensor:
         >>> bool((logits.grad > 0).all())
         True
     """
+    tau = _checks.positive("tau", tau)
     u = torch.rand_like(logits).clamp(min=torch.finfo(logits.dtype).tiny)  # keeps the noise above minus infinity
     soft = torch.sigmoid((logits + torch.log(u) - torch.log1p(-u)) / tau)
     hard = (soft > 0.5).to(soft.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -26,7 +26,7 @@ class Simulator:
     r"""A simulator with a loss, which becomes a Pyro distribution when it is called with parameters.
 
     Drawing from the distribution runs the simulator; its log-probability of data y is :math:`-\ell(x, y)` of a fresh
-    run x. Nothing runs before: a guide can be set up, a divergence estimated and the prior drawn without a simulation.
+    run x. Nothing runs before: a guide can be set up, a divergence estimated and parameters drawn without a simulation.
 
     ``fn`` and ``loss`` always see ONE batch dimension B, whatever the plates: parameters ``(B, *their event)``, x and y
     ``(B, *event)``. Parameters are broadcast to a common batch and flattened; y is expanded to it. Every other mismatch
@@ -85,12 +85,11 @@ class Simulator:
         self.event_dims = _event_dims(event_dim, tuple(losses))
         self.event_shapes: dict[str | None, torch.Size] = {}  # as of the last run
         self.seed = None if seed is None else _checks.non_negative_int("seed", seed)
-        self._batched = batched
-        self._parameters = Parameters(self.name, fn, settings, theta_event_dims, data_last=self.scores_inside)
+        self._batched = _checks.boolean("batched", batched)
+        self._parameters = Parameters(self.name, fn, settings, theta_event_dims, takes_data=self.scores_inside)
         with_settings = partial(fn, **settings)
         self._fn = with_settings if batched else Unbatched(with_settings, self.name)
-        self._checked_values = False
-        self._checked_gradient = False
+        self._checked: set[Any] = set()  # what of the contract was looked at; never twice, for it waits for the device
 
     @classmethod
     def from_loss(
@@ -108,8 +107,8 @@ class Simulator:
         Such a site can be scored, not drawn: there is no output to draw.
 
         Args:
-            loss: parameters in the order of the call, the data y as the last parameter that is not a setting; returns
-                ``(B,)``, or a scalar if ``batched=False``.
+            loss: takes the parameters, and the data in the parameter called ``y`` or else in the last one without a
+                default; returns ``(B,)``, or a scalar if ``batched=False``.
             batched: whether ``loss`` takes a batch of draws; a loss of ONE draw gets one y of shape ``event``.
             theta_event_dims: as for :class:`Simulator`.
             event_dim: how many dimensions of y belong to one draw.
@@ -142,8 +141,8 @@ class Simulator:
     def __repr__(self) -> str:
         return f"Simulator({self.name})"
 
-    def simulate(self, theta: Theta, batch_shape: torch.Size, *, scored: bool) -> dict[str | None, Tensor]:
-        """Run the function once for a whole batch; returns x by output, ``(B, *event)``."""
+    def simulate(self, theta: Theta, batch_shape: torch.Size, *, scored: bool) -> Simulated:
+        """Run the function once for a whole batch."""
         if self.scores_inside:
             raise ValueError(
                 f"a site of Simulator.from_loss({self.name}) can be scored but not drawn, for it has no output: pass "
@@ -158,41 +157,42 @@ class Simulator:
             what = f"what {self.name} returned" if output is None else f"output {output!r} of {self.name}"
             outputs[output] = contract.check_shape(what, x, batch_shape.numel(), self.event_dims[output], self._batched)
             self.event_shapes[output] = x.shape[1:]
-            if not self._checked_values:
+            if self._is_first("finite", output):
                 contract.check_finite(what, x)
-        self._checked_values = True
-        if scored:
-            self._check_gradient([*outputs.values()], theta, flat)
-        return outputs
+        inputs = theta.differentiable(flat)
+        if scored and inputs and self._is_first("gradient"):
+            contract.check_gradient(f"what {self.name} returns", [*outputs.values()], inputs)
+        return Simulated(outputs, inputs)
 
     def score(self, run: Run, output: str | None, batch_shape: torch.Size, y: Tensor) -> Tensor:
         """The loss of a fresh run, ``(B,)``."""
-        what = f"a site of {self!r}" if output is None else f"the site of output {output!r} of {self!r}"
+        site = f"a site of {self!r}" if output is None else f"the site of output {output!r} of {self!r}"
         if self.scores_inside:
-            return self._score_inside(what, run.theta, batch_shape, y)
-        x = run.take(output, batch_shape, scored=True)
-        y = contract.expand_data(what, y, x.shape[1:], batch_shape)
-        loss = self.losses[output]
-        remedy = "reduce over the event only, e.g. by .mean(-1)"
-        return contract.check_loss(f"the loss {_name(loss)!r} of {what}", loss(x, y), batch_shape.numel(), remedy)
-
-    def _score_inside(self, what: str, theta: Theta, batch_shape: torch.Size, y: Tensor) -> Tensor:
-        event_dim = self.event_dims[None]
-        event_shape = y.shape[max(0, y.dim() - event_dim) :] if isinstance(y, Tensor) else torch.Size()
-        if len(event_shape) < event_dim:
-            raise ValueError(
-                f"the data of {what} has shape {tuple(event_shape)}, but event_dim={event_dim}: set event_dim to the "
-                "number of its dimensions"
-            )
-        y = contract.expand_data(what, y, event_shape, batch_shape)
-        flat = theta.flat(batch_shape)
-        args, kwargs = theta.arguments(flat)
-        with self._noise(scored=True):
-            value = self._fn(*args, **kwargs, **{self._parameters.data_name: y})
-        remedy = "a loss of ONE draw needs batched=False" if self._batched else "return a scalar"
-        value = contract.check_loss(self.name, value, batch_shape.numel(), remedy)
-        self._check_gradient([value], theta, flat)
+            what, remedy = f"the loss {self.name!r}", "a loss of ONE draw needs batched=False"
+            y = contract.expand_data(site, y, contract.event_shape_of(site, y, self.event_dims[output]), batch_shape)
+            flat = run.theta.flat(batch_shape)
+            args, kwargs = self._parameters.with_data(*run.theta.arguments(flat), y)
+            with self._noise(scored=True):
+                value = self._fn(*args, **kwargs)
+            inputs = run.theta.differentiable(flat)
+        else:
+            loss = self.losses[output]
+            what, remedy = f"the loss {_name(loss)!r} of {site}", "reduce over the event only, e.g. by .mean(-1)"
+            x, inputs = run.take(output, batch_shape, scored=True)
+            value = loss(x, contract.expand_data(site, y, x.shape[1:], batch_shape))
+        value = contract.check_loss(what, value, batch_shape.numel(), remedy)
+        if self._is_first("finite loss", output):
+            contract.check_finite(what, value)
+        if inputs and self._is_first("gradient of loss", output, len(value) > 1):
+            if self.scores_inside:
+                contract.check_gradient(what, [value], inputs)
+            contract.check_loss_gradient(what, value, inputs)
         return value
+
+    def _is_first(self, *check: Any) -> bool:
+        first = check not in self._checked
+        self._checked.add(check)
+        return first
 
     def _noise(self, scored: bool) -> AbstractContextManager[None]:
         return forked_rng(self.seed) if scored and self.seed is not None else nullcontext()
@@ -210,11 +210,12 @@ class Simulator:
             raise ValueError(f"{self.name} returned {came}, but its losses are for the outputs {[*self.losses]}")
         return {output: result[output] for output in self.losses}
 
-    def _check_gradient(self, results: list[Tensor], theta: Theta, flat: list[Tensor]) -> None:
-        inputs = {name: tensor for name, tensor in zip(theta.names, flat, strict=True) if tensor.requires_grad}
-        if inputs and not self._checked_gradient:
-            contract.check_gradient(f"what {self.name} returns", results, inputs)
-            self._checked_gradient = True
+
+class Simulated(NamedTuple):
+    """What a run gave."""
+
+    outputs: dict[str | None, Tensor]  # x by output, (B, *event)
+    inputs: dict[str, Tensor]  # the parameters with a gradient, (B, *event)
 
 
 class Run(Mapping[str, "SimulatorSite"]):
@@ -223,18 +224,22 @@ class Run(Mapping[str, "SimulatorSite"]):
     def __init__(self, simulator: Simulator, theta: Theta) -> None:
         self.simulator = simulator
         self.theta = theta
-        self._unserved: dict[Any, dict[str | None, Tensor]] = {}
+        self._unserved: dict[Any, Simulated] = {}
 
     def site(self, output: str | None) -> SimulatorSite:
         return SimulatorSite(self, output, self.theta.batch_shape)
 
-    def take(self, output: str | None, batch_shape: torch.Size, *, scored: bool) -> Tensor:
-        """x of one output, ``(B, *event)``: of the last simulation if that has not served it yet, else of a new one."""
+    def take(self, output: str | None, batch_shape: torch.Size, *, scored: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """x of one output, and the inputs that it has a gradient in.
+
+        It is that of the last simulation if that has not served it yet, else of a new one.
+        """
         # Runs without gradients, and runs with random noise where it is to be frozen, are of no use to the other kind.
         kind = (batch_shape, torch.is_grad_enabled(), scored and self.simulator.seed is not None)
-        if output not in self._unserved.get(kind, {}):
+        if kind not in self._unserved or output not in self._unserved[kind].outputs:
             self._unserved[kind] = self.simulator.simulate(self.theta, batch_shape, scored=scored)
-        return self._unserved[kind].pop(output)
+        outputs, inputs = self._unserved[kind]
+        return outputs.pop(output), inputs
 
     def __getitem__(self, output: str) -> SimulatorSite:
         if output not in self.simulator.losses:
@@ -257,6 +262,7 @@ class SimulatorSite(TorchDistribution):
     def __init__(self, run: Run, output: str | None, batch_shape: torch.Size) -> None:
         self.run = run
         self.output = output
+        self._drawn: Tensor | None = None
         super().__init__(batch_shape, validate_args=False)
 
     @property
@@ -278,14 +284,20 @@ class SimulatorSite(TorchDistribution):
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         batch_shape = torch.Size(sample_shape) + self.batch_shape
-        x = self.run.take(self.output, batch_shape, scored=False)
-        return x.reshape(batch_shape + x.shape[1:])
+        x, _ = self.run.take(self.output, batch_shape, scored=False)
+        self._drawn = x.reshape(batch_shape + x.shape[1:])
+        return self._drawn
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
             return self.rsample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
+        if value is self._drawn:
+            raise ValueError(
+                f"a site of {self.run.simulator!r} is scored at its own draw: it has no data, pass them, e.g. "
+                "svi.step(y), and not None"
+            )
         return -self.run.simulator.score(self.run, self.output, self.batch_shape, value).reshape(self.batch_shape)
 
     def __repr__(self) -> str:
