@@ -46,3 +46,12 @@ def isolation() -> Iterator[None]:
     if changed:
         restore(before)
         pytest.fail("the test changed global state and did not put it back:\n  " + "\n  ".join(changed), pytrace=False)
+
+
+@pytest.fixture
+def double_precision() -> Iterator[None]:
+    """New tensors have 64 bits, so that an estimate differs from the exact answer by its error, not by rounding."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(dtype)

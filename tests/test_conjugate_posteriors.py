@@ -5,7 +5,7 @@ guide it is in the guide's family, so that the guide can be compared with it par
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pyro
@@ -20,13 +20,7 @@ from torch import Tensor
 from pyrobirds import GeneralizedELBO, tempered
 from pyrobirds.divergences import KL
 
-
-@pytest.fixture(autouse=True)
-def double_precision() -> Iterator[None]:
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(dtype)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 class Conjugate(NamedTuple):

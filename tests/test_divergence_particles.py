@@ -1,6 +1,6 @@
 """KL(num_particles=K): the divergence from particles of its own, without scoring the data a second time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import ClassVar
 
 import pyro
@@ -15,13 +15,7 @@ from torch.distributions import constraints
 from pyrobirds import GeneralizedELBO
 from pyrobirds.divergences import KL
 
-
-@pytest.fixture(autouse=True)
-def double_precision() -> Iterator[None]:
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(dtype)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 class Lazy(dist.TorchDistribution):

@@ -6,7 +6,6 @@ the same way.
 
 import inspect
 import math
-from collections.abc import Iterator
 
 import pyro
 import pytest
@@ -22,12 +21,7 @@ from pyrobirds.divergences import KL
 PARTICLES = [(1, True, False), (1, False, True), (3, True, True), (3, True, False), (2, False, False)]
 
 
-@pytest.fixture(autouse=True)
-def double_precision() -> Iterator[None]:
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(dtype)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def ids(value: object) -> str:

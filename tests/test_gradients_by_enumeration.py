@@ -5,7 +5,7 @@ latent, a whole plate. What depends on it must be part of the score-function gra
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pyro
@@ -22,13 +22,7 @@ from torch.distributions import constraints, kl_divergence
 from pyrobirds import GeneralizedELBO
 from pyrobirds.divergences import KL
 
-
-@pytest.fixture(autouse=True)
-def double_precision() -> Iterator[None]:
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(dtype)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 class Enumerated(NamedTuple):

@@ -1,7 +1,7 @@
 """KL(analytic=True): the expectation never changes, closed forms have no variance, and the rest is Monte Carlo."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,13 +27,7 @@ from torch.distributions import constraints
 from pyrobirds import GeneralizedELBO
 from pyrobirds.divergences import KL
 
-
-@pytest.fixture(autouse=True)
-def double_precision() -> Iterator[None]:
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(dtype)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 # ---- Gaussian priors and what each Gaussian guide makes of them -----------------------------------------------------

@@ -4,7 +4,6 @@ Two independent samples, one with and one without closed forms, are compared by 
 """
 
 import math
-from collections.abc import Iterator
 
 import pyro
 import pytest
@@ -16,13 +15,7 @@ from sampling_checks import ALLOWED, randomise, repeat
 from pyrobirds import GeneralizedELBO
 from pyrobirds.divergences import KL
 
-
-@pytest.fixture(autouse=True)
-def double_precision() -> Iterator[None]:
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(dtype)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 @pytest.mark.filterwarnings("ignore:ConditionalAutoRegressiveNN input_dim = 1")
