@@ -246,10 +246,8 @@ class GeneralizedELBO(ELBO):
         share = 1 / used_for.num_particles
         loss = _total([site["log_prob_sum"] for site in observed]) * -share
         # The Kullback-Leibler divergence adds over sites, so that sums over particles are all it needs.
-        log_q, log_p = (
-            _total([scoring.pathwise(site) for site in drawn]),
-            _total([site["log_prob_sum"] for site in latent]),
-        )
+        log_q = _total([scoring.pathwise(site) for site in drawn])
+        log_p = _total([site["log_prob_sum"] for site in latent])
         divergence = (log_q - log_p) * (w * share)
         surrogate = loss + divergence
         scored = [site for site in guide_sites.values() if not is_identically_zero(site["score_parts"].score_function)]
