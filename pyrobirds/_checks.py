@@ -19,6 +19,14 @@ def non_negative_int(name: str, value: object) -> int:
     return _int_of_at_least(0, name, value)
 
 
+def seed(name: str, value: object) -> int:
+    """Return ``value`` as a seed that torch, NumPy and Python all take, or raise."""
+    number = non_negative_int(name, value)
+    if number >= 2**32:
+        raise ValueError(f"{name} must be below 2**32, got {value!r}")
+    return number
+
+
 def _int_of_at_least(least: int, name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number of at least {least}, got {value!r}")

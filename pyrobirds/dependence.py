@@ -42,18 +42,20 @@ def analyse(
 ) -> Dependence:
     """Run model and guide a few times, without scoring observed sites, on random numbers of their own."""
     # Validation looks at values, which would count as leaks.
-    with poutine.block(), forked_rng(), torch.no_grad(), pyro.validation_enabled(False):
+    with poutine.block(), forked_rng(), torch.enable_grad(), pyro.validation_enabled(False):
         with _Leaks() as leaks:
             recorded = traces.run(model, guide, args, kwargs, around_guide=_TrackLatents())
         model_sites, guide_sites = map(traces.sample_sites, recorded)
         model_sites = {name: site for name, site in model_sites.items() if not site["is_observed"]}
         direct = {name: _depends_on(site) | leaks.names for name, site in guide_sites.items()}
         guide_deps = {name: _with_ancestors(names, direct) for name, names in direct.items()}
-        prior_deps = {
-            name: _with_ancestors(_depends_on(site) | leaks.names, direct) for name, site in model_sites.items()
-        }
         latents = [name for name, site in guide_sites.items() if _is_latent(site)]
-        # Where marks were lost for all that (inside torch.vmap, say), other draws of the rest show it.
+        values = {name: detach_provenance(guide_sites[name]["value"]) for name in latents}
+        prior_deps = {
+            name: _with_ancestors(_depends_on(site) | _connected(site, values) | leaks.names, direct)
+            for name, site in model_sites.items()
+        }
+        # Where marks were lost for all that (of an integer in torch.vmap, say), other draws of the rest show it.
         for held in {*guide_deps.values(), *prior_deps.values()}:
             again = traces.run(model, poutine.replay(guide, trace=_held(held, guide_sites)), args, kwargs)
             for deps, before, trace in ((prior_deps, model_sites, again[0]), (guide_deps, guide_sites, again[1])):
@@ -123,7 +125,10 @@ class _TrackLatents(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["type"] == "sample" and _is_latent(msg):
-            msg["value"] = track_provenance(detach_provenance(msg["value"]), frozenset({msg["name"]}))
+            value = detach_provenance(msg["value"])
+            if value.is_floating_point() and not value.requires_grad:
+                value.requires_grad_()  # for _connected
+            msg["value"] = track_provenance(value, frozenset({msg["name"]}))
 
 
 def _is_latent(site: Any) -> bool:
@@ -163,6 +168,16 @@ def _with_ancestors(names: Names, direct: dict[str, Names]) -> Names:
             found.add(name)
             to_follow += direct[name]
     return frozenset(found)
+
+
+def _connected(site: Any, latents: dict[str, Tensor]) -> Names:
+    """The latents that the distribution of a site depends on by autograd, whose graph leads through torch.vmap, too."""
+    score = detach_provenance(site["fn"].log_prob(detach_provenance(site["value"]).detach()))
+    smooth = {name: value for name, value in latents.items() if value.requires_grad}
+    if not score.requires_grad or not smooth:
+        return frozenset()
+    gradients = torch.autograd.grad(score.sum(), [*smooth.values()], retain_graph=True, allow_unused=True)
+    return frozenset(name for name, gradient in zip(smooth, gradients, strict=True) if gradient is not None)
 
 
 def _is_cut_out(site: Any, latent: Any) -> bool:

@@ -12,7 +12,11 @@ from pyrobirds import _checks, closed_forms
 
 
 class Divergence(ABC):
-    """How far the guide q is from the prior pi, estimated from joint log-densities at draws of q."""
+    """How far the guide q is from the prior pi, estimated from joint log-densities at draws of q.
+
+    The interface that divergences share. :class:`~pyrobirds.GeneralizedELBO` takes :class:`KL` alone so far, and adds
+    it up site by site.
+    """
 
     @abstractmethod
     def estimate(self, log_q: Tensor, log_p: Tensor) -> Tensor:

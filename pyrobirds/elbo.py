@@ -129,7 +129,8 @@ class GeneralizedELBO(ELBO):
         self._check_shapes = max_plate_nesting != float("inf")  # Pyro checks them itself where it guesses the nesting
         self.terms: Terms | None = None
         self.step = 0
-        self._analysed: tuple[Any, Dependence] | None = None
+        self._analysed_pair: tuple[Fn, Fn] | None = None
+        self._analysed: dict[Any, Dependence] = {}  # by the kinds of the arguments
         self._not_analysed = ""
 
     def loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> float:
@@ -158,7 +159,8 @@ class GeneralizedELBO(ELBO):
         return terms.total + (surrogate - surrogate.detach())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_analysed": None}  # model and guide are not the ELBO's to store
+        # Model and guide are not the ELBO's to store.
+        return {**self.__dict__, "_analysed_pair": None, "_analysed": {}}
 
     def _weight(self) -> float:
         return _checks.non_negative(f"w at step {self.step}", self.w(self.step)) if callable(self.w) else self.w
@@ -215,15 +217,16 @@ class GeneralizedELBO(ELBO):
         return traces.run(model, guide, args, kwargs, max_plate_nesting=self.max_plate_nesting)
 
     def _dependence(self, model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dependence:
-        asked = (model, guide, _kinds((args, kwargs)))
-        if self._analysed is None or self._analysed[0] != asked:
+        if self._analysed_pair != (model, guide) or len(self._analysed) > 100:
+            self._analysed_pair, self._analysed = (model, guide), {}
+        kinds = _kinds((args, kwargs))
+        if kinds not in self._analysed:
             try:
-                known = dependence.analyse(model, guide, args, kwargs)
+                self._analysed[kinds] = dependence.analyse(model, guide, args, kwargs)
             except Exception as error:  # whatever a user's code raises there: Monte Carlo needs to know nothing
-                known = Dependence()
+                self._analysed[kinds] = Dependence()
                 self._not_analysed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            self._analysed = (asked, known)
-        return self._analysed[1]
+        return self._analysed[kinds]
 
     def _score(
         self, used_for: _Pass, w: float, model_trace: Trace, guide_trace: Trace, known: Dependence
@@ -232,15 +235,16 @@ class GeneralizedELBO(ELBO):
         closed: dict[str, Names] = {}
         if used_for.divergence and self.divergence.analytic:
             closed = scoring.in_closed_form(model_sites, guide_sites, known)
-        model_trace.compute_log_prob(lambda _, site: used_for.loss if site["is_observed"] else used_for.divergence)
+        of_loss = {name for name, site in model_sites.items() if traces.is_loss(site)}
+        model_trace.compute_log_prob(lambda name, _: used_for.loss if name in of_loss else used_for.divergence)
         guide_trace.compute_score_parts()
         if is_validation_enabled():
             for site in (*model_sites.values(), *guide_sites.values()):
                 if "log_prob" in site:
                     check_site_shape(site, self.max_plate_nesting)
             check_if_enumerated(guide_trace)
-        observed = [site for site in model_sites.values() if used_for.loss and site["is_observed"]]
-        latent = [site for site in model_sites.values() if used_for.divergence and not site["is_observed"]]
+        observed = [site for name, site in model_sites.items() if used_for.loss and name in of_loss]
+        latent = [site for name, site in model_sites.items() if used_for.divergence and name not in of_loss]
         drawn = [*guide_sites.values()] if used_for.divergence else []
 
         share = 1 / used_for.num_particles
@@ -278,10 +282,10 @@ def _particles(batch: int, max_plate_nesting: float) -> Callable[[Fn], Fn]:
     return pyro.plate("num_particles_vectorized", batch, dim=-int(max_plate_nesting))
 
 
-def _kinds(arguments: Any) -> list[Any]:
+def _kinds(arguments: Any) -> tuple[Any, ...]:
     """What of a model's arguments may change its structure: all but the values of tensors and floats."""
     leaves, structure = tree_flatten(arguments)
-    return [structure, *(leaf if isinstance(leaf, (bool, int, str)) else type(leaf) for leaf in leaves)]
+    return (repr(structure), *(leaf if isinstance(leaf, bool | int | str) else type(leaf) for leaf in leaves))
 
 
 def _values(evaluation: _Evaluation) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
-from pyrobirds import _checks
+from pyrobirds import _checks, traces
 
 if TYPE_CHECKING:
     from pyro.poutine.runtime import Message
@@ -20,7 +20,7 @@ class _TemperMessenger(Messenger):
         self.w = w
 
     def _pyro_sample(self, msg: Message) -> None:
-        if msg["is_observed"] and not site_is_subsample(msg):
+        if traces.is_loss(msg) and not site_is_subsample(msg):
             msg["scale"] = msg["scale"] / self.w
 
 

@@ -15,6 +15,7 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape
 
 from pyrobirds._rng import forked_rng
+from pyrobirds.closed_forms import base
 
 
 def run(
@@ -60,6 +61,14 @@ def check_shapes(
                 fn, value = site["fn"], site["value"]
                 batch_shape = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
                 check_site_shape({**site, "log_prob": torch.empty(batch_shape)}, float("inf"))  # type: ignore[arg-type]
+
+
+def is_loss(site: Any) -> bool:
+    """Whether a sample site of a model makes part of the loss: it is observed.
+
+    Observed Deltas are not: they are deterministic, or Pyro's reparameterisations keep densities of the prior in them.
+    """
+    return site["is_observed"] and type(base(site["fn"])).__name__ != "Delta"
 
 
 def sample_sites(trace: Trace) -> dict[str, Any]:

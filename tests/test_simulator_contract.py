@@ -16,6 +16,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam
 from simulators_for_tests import drift, model_of, tutorial_walk
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pyrobirds import GeneralizedELBO, Simulator, losses
 
@@ -60,6 +61,7 @@ def test_a_simulator_that_is_no_function() -> None:
         ({"event_dim": {"x": 1}}, ValueError, ("event_dim", "'x'")),
         ({"seed": -1}, ValueError, ("seed", "-1")),
         ({"seed": "a"}, TypeError, ("seed", "'a'")),
+        ({"seed": 2**32}, ValueError, ("seed", "below 2**32")),
         ({"theta_event_dims": {"thta": 1}}, ValueError, ("theta_event_dims", "'thta'", "drift", "'theta'")),
     ],
 )
@@ -214,12 +216,35 @@ def test_not_differentiable_in_theta(fn: Callable[..., Tensor]) -> None:
 
 
 def test_not_differentiable_in_one_of_two_parameters() -> None:
+    """A warning and no error: the parameter may have no effect at the draws of the first run."""
+
     def half(a: Tensor, b: Tensor) -> Tensor:
         return drift(a + b.detach(), T)
 
     a, b = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
-    with pytest.raises(ValueError, match=message("half", "on 'b'")):
+    with pytest.warns(UserWarning, match=message("half", "no gradient", "in 'b'", ".detach()")):
         Simulator(half, losses.mse)(a, b).log_prob(Y)
+
+
+def test_an_error_comes_again_until_it_is_mended() -> None:
+    """In a notebook a cell is run again: the second time must not go through."""
+    for fn, loss in ((cut, losses.mse), (drift, numpy_loss), (average_theta, losses.mse)):
+        site = Simulator(fn, loss)(torch.zeros(3, requires_grad=True))
+        for _ in range(3):
+            with pytest.raises(ValueError, match=r"differentiably|mixes up"):
+                site.log_prob(Y)
+
+
+def test_a_reentrant_checkpoint_in_a_simulator() -> None:
+    """It takes backward() alone, so that the gradient cannot be looked at; the simulator is taken as it is."""
+
+    def saved(theta: Tensor) -> Tensor:
+        return checkpoint(drift, theta, T, use_reentrant=True)
+
+    theta = torch.zeros(3, requires_grad=True)
+    Simulator(saved, losses.mse)(theta).log_prob(torch.ones(T)).sum().backward()
+    assert theta.grad is not None
+    assert theta.grad.abs().min() > 0
 
 
 def test_outputs_that_add_up_to_a_constant_are_differentiable() -> None:

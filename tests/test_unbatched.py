@@ -251,3 +251,23 @@ def test_from_loss_finds_the_data() -> None:
         site = Simulator.from_loss(loss, batched=False)(torch.zeros(3))
         assert site.log_prob(torch.ones(T)).tolist() == [-0.5] * 3
     assert Simulator.from_loss(with_default, batched=False, tau=1.0)(torch.zeros(1)).log_prob(torch.ones(T)) == -1
+
+
+def test_choices_that_come_out_alike_are_not_taken_for_shared_noise() -> None:
+    def rare(theta: Tensor) -> Tensor:
+        return (torch.rand(3) < torch.sigmoid(theta)).float() + 0 * theta
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(50):
+            Simulator(rare, losses.mse, batched=False)(torch.full((4,), 3.0)).sample()
+
+
+def test_a_generator_of_the_functions_own_is_found_next_to_noise_of_torch() -> None:
+    generator = np.random.default_rng(0)
+
+    def both(theta: Tensor) -> Tensor:
+        return theta + torch.randn(T) + float(generator.normal())
+
+    with pytest.warns(UserWarning, match="loop.*generator outside of torch"):
+        Simulator(both, losses.mse, batched=False)(torch.zeros(4)).sample()

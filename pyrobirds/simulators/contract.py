@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,47 +41,64 @@ def check_finite(what: str, x: Tensor) -> None:
 
 
 def check_gradient(what: str, results: Sequence[Tensor], inputs: dict[str, Tensor]) -> None:
-    """Raise unless ``results`` together depend differentiably on each of ``inputs``; warn if all gradients are zero."""
-    smooth = [x for x in results if x.requires_grad]
+    """Raise unless ``results`` together depend differentiably on ``inputs``; warn of an input that has no effect."""
     # Weights that differ, because results that add up to a constant have a gradient nevertheless.
     weights = [
         torch.linspace(1, 2, x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape) * (i + 1)
-        for i, x in enumerate(smooth)
+        for i, x in enumerate(results)
+        if x.requires_grad
     ]
-    gradients: Sequence[Tensor | None] = [None] * len(inputs)
-    if smooth:
-        gradients = torch.autograd.grad(smooth, [*inputs.values()], weights, retain_graph=True, allow_unused=True)
-    found = {name: gradient for name, gradient in zip(inputs, gradients, strict=True) if gradient is not None}
-    if lost := [name for name in inputs if name not in found]:
+    found = _gradients([x for x in results if x.requires_grad], inputs, weights)
+    if found is None:
+        return
+    if not found:
         raise ValueError(
-            f"{what} does not depend differentiably on {', '.join(map(repr, lost))}: compute it by torch "
-            "operations that keep the graph (no .item(), .detach(), torch.tensor(theta) or NumPy), and draw discrete "
-            "choices from a relaxation such as pyrobirds.simulators.relaxations.bernoulli"
+            f"{what} does not depend differentiably on {_names(inputs)}: compute it by torch operations that keep the "
+            "graph (no .item(), .detach(), torch.tensor(theta) or NumPy), and draw discrete choices from a relaxation "
+            "such as pyrobirds.simulators.relaxations.bernoulli"
         )
-    if not any(bool(gradient.any()) for gradient in found.values()):
+    if without := [name for name in inputs if name not in found or not bool(found[name].any())]:
         warnings.warn(
-            f"the gradient of {what} is zero in all of {', '.join(map(repr, found))} at the first run: rounding and "
-            "comparisons pass no gradient on",
+            f"{what} has no gradient, or one of zero, in {_names(without)} at its first run. If that should matter, "
+            "mind that rounding, comparisons, .item() and .detach() pass no gradient on",
             stacklevel=2,
         )
 
 
 def check_loss_gradient(what: str, value: Tensor, inputs: dict[str, Tensor]) -> None:
     """Raise unless ``value``, ``(B,)``, has a gradient, and the first draw's is one in its own parameters only."""
-    gradients: Sequence[Tensor | None] = [None]
-    if value.requires_grad:
-        gradients = torch.autograd.grad(value[0], [*inputs.values()], retain_graph=True, allow_unused=True)
-    found = {name: gradient for name, gradient in zip(inputs, gradients, strict=False) if gradient is not None}
+    found = _gradients([value[0]] if value.requires_grad else [], inputs, None)
+    if found is None:
+        return
     if not found:
         raise ValueError(
-            f"{what} does not depend differentiably on {', '.join(map(repr, inputs))}: compute it from x by torch "
-            "operations that keep the graph (no .item(), .detach() or NumPy)"
+            f"{what} does not depend differentiably on {_names(inputs)}: compute it from x by torch operations that "
+            "keep the graph (no .item(), .detach() or NumPy)"
         )
     if mixed := [name for name, gradient in found.items() if bool(gradient[1:].nan_to_num().any())]:
         raise ValueError(
-            f"{what} mixes up the draws of a batch: that of the first draw depends on {', '.join(map(repr, mixed))} of "
-            "others. The batch is the FIRST dimension of parameters, x, y and loss; reduce over the others only"
+            f"{what} mixes up the draws of a batch: that of the first draw depends on {_names(mixed)} of others. The "
+            "batch is the FIRST dimension of parameters, x, y and loss; reduce over the others only"
         )
+
+
+def _gradients(
+    results: list[Tensor], inputs: dict[str, Tensor], weights: list[Tensor] | None
+) -> dict[str, Tensor] | None:
+    """The gradients by name of those inputs that have one; None where the graph takes no such question."""
+    if not results:
+        return {}
+    try:
+        gradients = torch.autograd.grad(results, [*inputs.values()], weights, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "checkpoint" in str(error).lower():  # a reentrant checkpoint, which only takes backward()
+            return None
+        raise
+    return {name: gradient for name, gradient in zip(inputs, gradients, strict=True) if gradient is not None}
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def check_loss(what: str, value: Any, n: int, remedy: str) -> Tensor:
@@ -106,7 +123,7 @@ def event_shape_of(what: str, y: Any, event_dim: int) -> torch.Size:
 def expand_data(what: str, y: Any, event_shape: torch.Size, batch_shape: torch.Size) -> Tensor:
     """The data ``y`` expanded to ``(B, *event)``; its batch dimensions must be those that ``batch_shape`` ends in."""
     if not isinstance(y, Tensor):
-        raise TypeError(f"the data of {what} must be a torch tensor, got {type(y).__name__}")
+        raise TypeError(f"the data of {what} must be a torch tensor, got {type(y).__name__}: pass torch.as_tensor(y)")
     n_batch_dims = y.dim() - len(event_shape)
     if n_batch_dims < 0 or y.shape[n_batch_dims:] != event_shape:
         raise ValueError(

@@ -84,12 +84,12 @@ class Simulator:
         self.scores_inside = loss is _INSIDE
         self.event_dims = _event_dims(event_dim, tuple(losses))
         self.event_shapes: dict[str | None, torch.Size] = {}  # as of the last run
-        self.seed = None if seed is None else _checks.non_negative_int("seed", seed)
+        self.seed = None if seed is None else _checks.seed("seed", seed)
         self._batched = _checks.boolean("batched", batched)
         self._parameters = Parameters(self.name, fn, settings, theta_event_dims, takes_data=self.scores_inside)
         with_settings = partial(fn, **settings)
         self._fn = with_settings if batched else Unbatched(with_settings, self.name)
-        self._checked: set[Any] = set()  # what of the contract was looked at; never twice, for it waits for the device
+        self._checked: set[Any] = set()  # the checks that passed
 
     @classmethod
     def from_loss(
@@ -157,11 +157,11 @@ class Simulator:
             what = f"what {self.name} returned" if output is None else f"output {output!r} of {self.name}"
             outputs[output] = contract.check_shape(what, x, batch_shape.numel(), self.event_dims[output], self._batched)
             self.event_shapes[output] = x.shape[1:]
-            if self._is_first("finite", output):
-                contract.check_finite(what, x)
+            self._once(("finite", output), lambda what=what, x=x: contract.check_finite(what, x))
         inputs = theta.differentiable(flat)
-        if scored and inputs and self._is_first("gradient"):
-            contract.check_gradient(f"what {self.name} returns", [*outputs.values()], inputs)
+        if scored and inputs:
+            what = f"what {self.name} returns"
+            self._once("gradient", lambda: contract.check_gradient(what, [*outputs.values()], inputs))
         return Simulated(outputs, inputs)
 
     def score(self, run: Run, output: str | None, batch_shape: torch.Size, y: Tensor) -> Tensor:
@@ -181,18 +181,19 @@ class Simulator:
             x, inputs = run.take(output, batch_shape, scored=True)
             value = loss(x, contract.expand_data(site, y, x.shape[1:], batch_shape))
         value = contract.check_loss(what, value, batch_shape.numel(), remedy)
-        if self._is_first("finite loss", output):
-            contract.check_finite(what, value)
-        if inputs and self._is_first("gradient of loss", output, len(value) > 1):
+        self._once(("finite loss", output), lambda: contract.check_finite(what, value))
+        if inputs:
             if self.scores_inside:
-                contract.check_gradient(what, [value], inputs)
-            contract.check_loss_gradient(what, value, inputs)
+                self._once("gradient", lambda: contract.check_gradient(what, [value], inputs))
+            several = len(value) > 1
+            self._once(("draws", output, several), lambda: contract.check_loss_gradient(what, value, inputs))
         return value
 
-    def _is_first(self, *check: Any) -> bool:
-        first = check not in self._checked
-        self._checked.add(check)
-        return first
+    def _once(self, name: Any, check: Callable[[], None]) -> None:
+        """Make a check until it has passed once; a check waits for the device, and is not made at every step."""
+        if name not in self._checked:
+            check()
+            self._checked.add(name)
 
     def _noise(self, scored: bool) -> AbstractContextManager[None]:
         return forked_rng(self.seed) if scored and self.seed is not None else nullcontext()
@@ -275,8 +276,8 @@ class SimulatorSite(TorchDistribution):
     def support(self) -> Any:
         """Raises: who asks for the support takes the site for a latent."""
         raise ValueError(
-            f"a site of {self.run.simulator!r} has no data and is taken for a latent: pass the data when the guide is "
-            "first called, e.g. guide(y)"
+            f"{self!r} has no data and is taken for a latent: pass the data when the guide is first called, e.g. "
+            "guide(y), and leave outputs without data out of the model"
         )
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> SimulatorSite:
@@ -295,8 +296,8 @@ class SimulatorSite(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if value is self._drawn:
             raise ValueError(
-                f"a site of {self.run.simulator!r} is scored at its own draw: it has no data, pass them, e.g. "
-                "svi.step(y), and not None"
+                f"{self!r} is scored at its own draw. In a model that means that it has no data: pass them, e.g. "
+                "svi.step(y). To score a draw on purpose, score a clone() of it"
             )
         return -self.run.simulator.score(self.run, self.output, self.batch_shape, value).reshape(self.batch_shape)
 

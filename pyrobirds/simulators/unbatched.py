@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.util import get_rng_state
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -36,13 +35,12 @@ class Unbatched:
         batch = [*args, *kwargs.values()]
         reason = None
         if not self._loops:
-            before = _outside_noise()
             try:
                 result = _vmap(one, batch)
                 if not self._checked and len(batch[0]) > 1:
-                    self._checked = True
-                    if before != _outside_noise() or _shares_noise(one, batch):
+                    if _draws_outside_torch(one, batch):
                         reason = "it draws from a generator outside of torch, whose numbers vmap would share"
+                    self._checked = True
             except Exception as error:  # whatever it is: the loop raises it again if the function itself is at fault
                 reason = f"{type(error).__name__}: {error}"
             else:
@@ -65,25 +63,15 @@ def _vmap(one: Callable[..., Any], batch: list[Tensor]) -> Any:
         return torch.vmap(one, randomness="different")(*batch)
 
 
-def _shares_noise(one: Callable[..., Any], batch: list[Tensor]) -> bool:
-    """Whether two copies of a draw get the same noise under vmap, but different noise by themselves.
+def _draws_outside_torch(one: Callable[..., Any], batch: list[Tensor]) -> bool:
+    """Whether two runs of one draw differ although torch's generators stand the same.
 
-    Finds generators of the function's own, such as ``numpy.random.default_rng()``, unless torch adds noise to theirs.
+    Two more runs, once, for numbers that a batch would share without a sign of it.
     """
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    results = []
     with forked_rng(), torch.no_grad():
-        twice = [entry[:1].expand(2, *entry.shape[1:]) for entry in batch]
-        first, second = zip(*map(torch.unbind, tree_leaves(_vmap(one, twice))), strict=True)
-        if not _all_equal(first, second):
-            return False
-        draw = [entry[0] for entry in batch]
-        return not _all_equal(tree_leaves(one(*draw)), tree_leaves(one(*draw)))
-
-
-def _all_equal(a: Any, b: Any) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
-
-
-def _outside_noise() -> tuple[Any, ...]:
-    state = get_rng_state()
-    kind, keys, *rest = state["numpy"]
-    return (kind, keys.tobytes(), *rest, state["random"])
+        for _ in range(2):
+            with torch.random.fork_rng(devices):
+                results.append(tree_leaves(one(*(entry[0] for entry in batch))))
+    return not all(torch.allclose(a, b, equal_nan=True) for a, b in zip(*results, strict=True))

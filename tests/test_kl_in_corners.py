@@ -1,4 +1,4 @@
-"""Where torch's own closed forms are missing, wrong or not meant, the divergence is estimated by Monte Carlo."""
+"""The divergence in corners: closed forms that torch lacks or gets wrong, hidden dependence, densities in Deltas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal
 from torch import Tensor
 
-from pyrobirds import GeneralizedELBO
+from pyrobirds import GeneralizedELBO, dependence, tempered
 from pyrobirds.divergences import KL
 
 
@@ -85,3 +85,63 @@ def test_dependence_is_asked_for_again_when_the_arguments_change() -> None:
         here = elbo.loss(model, guide, linked)
         pyro.set_rng_seed(0)
         assert here == GeneralizedELBO(num_particles=100, max_plate_nesting=0).loss(model, guide, linked)
+
+
+def test_what_was_found_out_is_kept_for_each_kind_of_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    analyse, asked = dependence.analyse, []
+
+    def counted(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> dependence.Dependence:
+        asked.append(args)
+        return analyse(model, guide, args, kwargs)
+
+    monkeypatch.setattr(dependence, "analyse", counted)
+
+    def model(training: bool, temperature: float) -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0 if training else 2.0))
+
+    guide, elbo = AutoMultivariateNormal(model), GeneralizedELBO()
+    for i in range(5):
+        elbo.loss_and_grads(model, guide, True, 0.1 * i)
+        elbo.loss(model, guide, False, 0.1 * i)
+    assert [training for training, _ in asked] == [True, False]
+
+
+@pytest.mark.parametrize("flat", [torch.relu, lambda x: torch.where(x > 100, x, 0 * x)], ids=["relu", "where"])
+def test_a_dependence_inside_vmap_that_does_not_show_at_the_draws(flat: Callable[[Tensor], Tensor]) -> None:
+    """The guide starts where the prior of z is flat in t; the joint closed form would be kept, and wrong, later."""
+
+    def model() -> None:
+        t = pyro.sample("t", dist.Normal(-3.0, 1.0))
+        pyro.sample("z", dist.Normal(torch.vmap(flat)(t.reshape(-1)).reshape(t.shape), 1.0))
+
+    guide = AutoMultivariateNormal(model, init_scale=0.1)
+    guide()
+    guide.loc.data.copy_(torch.tensor([-3.0, 0.0]))
+    assert dependence.analyse(model, guide, (), {}).closed == {}
+
+
+def reparameterised(y: Tensor) -> None:
+    """z ~ N(0, 1) as Pyro's NeuTraReparam leaves it: the density of the prior is kept in an observed Delta."""
+    u = pyro.sample("u", dist.Normal(0.0, 1.0).mask(False))
+    z = pyro.sample("z", dist.Delta(u, log_density=dist.Normal(0.0, 1.0).log_prob(u)), obs=u)
+    pyro.deterministic("twice", 2 * z)
+    pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def test_a_prior_kept_in_an_observed_delta_is_weighed_as_the_prior() -> None:
+    """Best Gaussian at weight w: precision 1 + 1 / w, mean y / w over it; the gradient there is zero."""
+    w, y = 10.0, torch.tensor(3.0)
+    precision = 1 + 1 / w
+    at = torch.tensor(3.0 / w / precision, requires_grad=True)
+
+    def guide(y: Tensor) -> None:
+        pyro.sample("u", dist.Normal(pyro.param("at", at), precision**-0.5))
+
+    elbo = GeneralizedELBO(w=w, num_particles=4000)
+    gradients = []
+    for _ in range(20):
+        gradients.append(torch.autograd.grad(elbo.differentiable_loss(reparameterised, guide, y), pyro.param("at"))[0])
+    sample = torch.stack(gradients)
+    assert sample.mean().abs() < 5 * sample.std() / len(sample) ** 0.5
+    trace = pyro.poutine.trace(tempered(reparameterised, w)).get_trace(y)
+    assert {name: trace.nodes[name]["scale"] for name in ("z", "y")} == {"z": 1.0, "y": 1 / w}
