@@ -14,7 +14,6 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.util import check_if_enumerated, check_site_shape, warn_if_nan
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from pyrobirds import _checks, dependence, scoring, traces
 from pyrobirds.dependence import Dependence, Names
@@ -189,7 +188,7 @@ class GeneralizedELBO(ELBO):
                     traces.check_shapes(model, guide, args, kwargs)
                     self._check_shapes = False
                 known = Dependence()
-                if self.divergence.analytic or guide_trace.nonreparam_stochastic_nodes:
+                if self.divergence.analytic or not traces.is_reparameterised(guide_trace):
                     known = self._dependence(model, guide, args, kwargs)
                 evaluation = self._score(used_for, w, model_trace, guide_trace, known)
                 if self._not_analysed:  # said only now, for scoring raises what is wrong with the model itself
@@ -219,7 +218,7 @@ class GeneralizedELBO(ELBO):
     def _dependence(self, model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dependence:
         if self._analysed_pair != (model, guide) or len(self._analysed) > 100:
             self._analysed_pair, self._analysed = (model, guide), {}
-        kinds = _kinds((args, kwargs))
+        kinds = _kinds(args, kwargs)
         if kinds not in self._analysed:
             try:
                 self._analysed[kinds] = dependence.analyse(model, guide, args, kwargs)
@@ -271,7 +270,7 @@ class GeneralizedELBO(ELBO):
             loss=loss,
             divergence=divergence,
             surrogate=surrogate,
-            has_params=bool(model_trace.param_nodes or guide_trace.param_nodes),
+            has_params=traces.has_params(guide_trace) or traces.has_params(model_trace),
         )
 
 
@@ -282,10 +281,10 @@ def _particles(batch: int, max_plate_nesting: float) -> Callable[[Fn], Fn]:
     return pyro.plate("num_particles_vectorized", batch, dim=-int(max_plate_nesting))
 
 
-def _kinds(arguments: Any) -> tuple[Any, ...]:
-    """What of a model's arguments may change its structure: all but the values of tensors and floats."""
-    leaves, structure = tree_flatten(arguments)
-    return (repr(structure), *(leaf if isinstance(leaf, bool | int | str) else type(leaf) for leaf in leaves))
+def _kinds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What of a model's arguments may change its structure: flags, numbers of things, names; else their types."""
+    values = (*args, *kwargs.values())
+    return (*kwargs, *(value if isinstance(value, bool | int | str) else type(value) for value in values))
 
 
 def _values(evaluation: _Evaluation) -> tuple[Tensor, Tensor]:

@@ -71,6 +71,16 @@ def is_loss(site: Any) -> bool:
     return site["is_observed"] and type(base(site["fn"])).__name__ != "Delta"
 
 
+def is_reparameterised(trace: Trace) -> bool:
+    """Whether every draw of a guide passes gradients on to how it was drawn."""
+    return all(site["fn"].has_rsample for site in sample_sites(trace).values())
+
+
+def has_params(trace: Trace) -> bool:
+    """Whether there is anything to train."""
+    return any(site["type"] == "param" for site in trace.nodes.values())
+
+
 def sample_sites(trace: Trace) -> dict[str, Any]:
     """The sample sites of a trace by name."""
     return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
