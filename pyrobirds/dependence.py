@@ -1,4 +1,4 @@
-"""Which latents of a guide have a closed form, and what depends on what: found once for a model and a guide."""
+"""Which latents of a guide have a closed form, and what depends on what: found out by runs of model and guide."""
 
 from __future__ import annotations
 
@@ -62,6 +62,11 @@ def analyse(
                 for name in [name for name, names in deps.items() if names == held]:
                     if not _is_same(before[name], traces.sample_sites(trace).get(name)):
                         deps[name] = frozenset(latents)
+        # What was found that way concerns all who depend on it.
+        guide_deps, prior_deps = (
+            {name: _with_ancestors(names, guide_deps) for name, names in deps.items()}
+            for deps in (guide_deps, prior_deps)
+        )
         closed = _closed(latents, model_sites, guide_sites, prior_deps)
     return Dependence(closed, guide_deps, prior_deps)
 

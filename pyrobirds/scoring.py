@@ -75,7 +75,7 @@ def score_function_term(costs: list[Cost], sites: list[Any]) -> Tensor:
 
     :math:`C_s` is the cost that may depend on site s, as far as plates (as in :class:`pyro.infer.Trace_ELBO`) and
     ``depends_on`` tell: what does not depend on s only adds variance (Rao-Blackwellisation; Ranganath, Gerrish and Blei
-    2014, https://arxiv.org/abs/1401.0118, section 4.1).
+    2014, https://arxiv.org/abs/1401.0118).
     """
     terms = []
     for site in sites:

@@ -145,3 +145,22 @@ def test_a_prior_kept_in_an_observed_delta_is_weighed_as_the_prior() -> None:
     assert sample.mean().abs() < 5 * sample.std() / len(sample) ** 0.5
     trace = pyro.poutine.trace(tempered(reparameterised, w)).get_trace(y)
     assert {name: trace.nodes[name]["scale"] for name in ("z", "y")} == {"z": 1.0, "y": 1 / w}
+
+
+def test_a_dependence_that_only_other_draws_show_reaches_all_that_hang_on_it() -> None:
+    """b depends on the integer a through vmap, theta on b: whoever depends on b depends on a, if a was found out."""
+    table = torch.tensor([-1.0, 1.0])
+
+    def pair() -> None:
+        a = pyro.sample("a", dist.Bernoulli(0.5))
+        b = pyro.sample("b", dist.Normal(torch.vmap(lambda k: table[k])(a.long().reshape(-1)).reshape(a.shape), 1.0))
+        pyro.sample("theta", dist.Normal(b, 1.0))
+
+    found_out = 0
+    for seed in range(10):
+        pyro.set_rng_seed(seed)
+        known = dependence.analyse(pair, pair, (), {})
+        found_out += "a" in known.guide["b"]
+        for names in (*known.guide.values(), *known.prior.values()):
+            assert all(known.guide[name] <= names for name in names)
+    assert found_out >= 3  # a redraw of a fair coin shows it every other time

@@ -271,3 +271,14 @@ def test_a_generator_of_the_functions_own_is_found_next_to_noise_of_torch() -> N
 
     with pytest.warns(UserWarning, match="loop.*generator outside of torch"):
         Simulator(both, losses.mse, batched=False)(torch.zeros(4)).sample()
+
+
+def test_outputs_that_are_no_numbers_do_not_disturb() -> None:
+    def signed(theta: Tensor) -> dict[str, Tensor]:
+        x = drift(theta, T)
+        return {"x": x, "up": x > 0}
+
+    simulator = Simulator(signed, {"x": losses.mse}, batched=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert simulator(torch.ones(3))["x"].sample().shape == (3, T)
