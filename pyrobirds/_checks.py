@@ -40,6 +40,16 @@ def non_negative(name: str, value: object) -> float:
     return _in_range("number of at least 0", lambda number: number >= 0, name, value)
 
 
+def finite(name: str, value: object) -> float:
+    """Return ``value`` as a finite float, or raise."""
+    return _in_range("number", lambda number: True, name, value)
+
+
+def share(name: str, value: object) -> float:
+    """Return ``value`` as a float between 0 and 1, or raise."""
+    return _in_range("number between 0 and 1", lambda number: 0 <= number <= 1, name, value)
+
+
 def boolean(name: str, value: object) -> bool:
     """Return ``value`` if it is True or False, or raise."""
     if not isinstance(value, bool):

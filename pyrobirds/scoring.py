@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer.util import MultiFrameTensor
+from pyro.poutine import Trace
 from torch import Tensor
 
 from pyrobirds import closed_forms
+from pyrobirds.closed_forms import base
 from pyrobirds.dependence import Dependence, Names
+from pyrobirds.traces import sample_sites
 
 
 def in_closed_form(model_sites: dict[str, Any], guide_sites: dict[str, Any], known: Dependence) -> dict[str, Names]:
@@ -70,22 +73,49 @@ class Cost(NamedTuple):
     depends_on: Collection[str] | None  # latents of the guide on which it may depend; None: on any of them
 
 
-def score_function_term(costs: list[Cost], sites: list[Any]) -> Tensor:
-    r"""A scalar whose gradient is :math:`\sum_s C_s \nabla \log q(z_s)` over ``sites`` of the guide.
+class Score(NamedTuple):
+    """The log-density of a site of the guide whose gradient is the score function."""
+
+    name: str
+    stack: Any
+    value: Tensor
+
+
+def scores(guide_sites: dict[str, Any]) -> list[Score]:
+    """Of the sites whose draws pass no gradient on."""
+    return [
+        Score(name, site["cond_indep_stack"], site["score_parts"].score_function)
+        for name, site in guide_sites.items()
+        if not is_identically_zero(site["score_parts"].score_function)
+    ]
+
+
+def scores_at_fixed_draws(guide_trace: Trace, guide_sites: dict[str, Any]) -> list[Score]:
+    """Of the sites whose draws do pass a gradient on, from a run of the guide at the same draws where they do not."""
+    guide_trace.compute_log_prob()
+    return [
+        Score(name, site["cond_indep_stack"], site["log_prob"])
+        for name, site in sample_sites(guide_trace).items()
+        if is_identically_zero(guide_sites[name]["score_parts"].score_function)
+        and type(base(site["fn"])).__name__ != "Delta"
+    ]
+
+
+def score_function_term(costs: list[Cost], scored: list[Score]) -> Tensor:
+    r"""A scalar whose gradient is :math:`\sum_s C_s \nabla \log q(z_s)` over scored sites of the guide.
 
     :math:`C_s` is the cost that may depend on site s, as far as plates (as in :class:`pyro.infer.Trace_ELBO`) and
     ``depends_on`` tell: what does not depend on s only adds variance (Rao-Blackwellisation; Ranganath, Gerrish and Blei
     2014, https://arxiv.org/abs/1401.0118).
     """
     terms = []
-    for site in sites:
+    for site in scored:
         downstream = MultiFrameTensor(
             *(
                 (cost.stack, cost.value.detach())
                 for cost in costs
-                if cost.depends_on is None or site["name"] in cost.depends_on
+                if cost.depends_on is None or site.name in cost.depends_on
             )
         )
-        score = site["score_parts"].score_function
-        terms.append((downstream.sum_to(site["cond_indep_stack"]) * score).sum())
+        terms.append((downstream.sum_to(site.stack) * site.value).sum())
     return sum(terms[1:], terms[0])
