@@ -12,9 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyrobirds import divergences, losses, models, simulators
+    from pyrobirds import callbacks, divergences, losses, models, simulators
     from pyrobirds.elbo import GeneralizedELBO
-    from pyrobirds.fitting import FitResult, fit
+    from pyrobirds.fit_result import FitResult
+    from pyrobirds.fitting import fit
     from pyrobirds.simulators.simulator import Simulator
     from pyrobirds.tempering import tempered
 
@@ -24,6 +25,7 @@ __all__ = [
     "FitResult",
     "GeneralizedELBO",
     "Simulator",
+    "callbacks",
     "divergences",
     "fit",
     "losses",
@@ -34,7 +36,7 @@ __all__ = [
 
 # Names load their modules when first used: torch and Pyro take seconds to import, and who reads results needs neither.
 _HOME = {
-    "FitResult": "pyrobirds.fitting",
+    "FitResult": "pyrobirds.fit_result",
     "GeneralizedELBO": "pyrobirds.elbo",
     "Simulator": "pyrobirds.simulators.simulator",
     "fit": "pyrobirds.fitting",

@@ -2,54 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import Enum
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from pyro.infer import SVI
-from tqdm.auto import tqdm
 
-from pyrobirds import _checks
-from pyrobirds.elbo import GeneralizedELBO
-
-
-class StopReason(Enum):
-    """Why a fit ended."""
-
-    NUM_STEPS = "all steps taken"
-    PATIENCE = "no improvement within the patience"
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What a fit did.
-
-    Attributes:
-        history: by step, arrays of shape ``(num_steps,)``: ``loss``, ``divergence`` (times w) and ``total`` of a
-            :class:`~pyrobirds.GeneralizedELBO`; of any other ELBO ``total`` alone.
-        stop_reason: why the fit ended.
-    """
-
-    history: dict[str, NDArray[np.float64]]
-    stop_reason: StopReason
-
-    @property
-    def num_steps(self) -> int:
-        """How many steps were taken."""
-        return len(self.history["total"])
-
-    @property
-    def best(self) -> float:
-        """The lowest total of a step, an estimate from one batch of particles."""
-        return float(np.nanmin(self.history["total"])) if np.isfinite(self.history["total"]).any() else math.nan
-
-    def __str__(self) -> str:
-        last = ", ".join(f"{name} {values[-1]:.2f}" for name, values in self.history.items())
-        return f"{self.num_steps} steps, {self.stop_reason.value}; last {last}; best total {self.best:.2f}"
+from pyrobirds import _checks, checkpoints
+from pyrobirds._rng import forked_rng
+from pyrobirds.callbacks import Step
+from pyrobirds.fit_result import FitResult, StopReason
+from pyrobirds.interrupts import DeferredInterrupt
+from pyrobirds.progress import Progress
+from pyrobirds.saving import Saving
+from pyrobirds.training_run import TrainingRun
 
 
 def fit(
@@ -57,21 +25,60 @@ def fit(
     *args: Any,
     num_steps: int,
     patience: int | None = None,
+    tolerance: float | None = None,
+    warm_start: int = 0,
+    max_grad_norm: float | None = None,
+    seed: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_interval: float = 30.0,
+    callbacks: Iterable[Callable[[Step], object]] = (),
     progress: bool = True,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> FitResult:
-    """Take steps of an SVI, watch them, and keep their history.
+    r"""Take steps of an SVI until it is done, and leave the guide in a state that is better than the last step's.
+
+    Stochastic optimisation at a fixed learning rate ends up wandering about the optimum. The guide is left at the
+    average of its unconstrained parameters over the steps since they became stationary, found by the split
+    :math:`\hat R` of the parameters as in Welandawe et al. 2022 (https://arxiv.org/abs/2203.15945, after Dhaka et al.
+    2020, https://arxiv.org/abs/2009.00666), or over the last half of the steps where that was not found; see
+    :class:`~pyrobirds.averaging.IterateAverage`. A fit that is interrupted, diverges or ends by an error leaves it in
+    the best state: where the median of the last 25 totals was lowest. ``FitResult.load`` puts it in another one.
+
+    While ``w`` of a :class:`~pyrobirds.GeneralizedELBO` changes, nothing is averaged or judged: that begins with the
+    first step from which on ``w`` stays the same. A step whose gradient is not finite is not taken. A learning-rate
+    scheduler of :mod:`pyro.optim` advances once a step, that on plateaus by the smoothed total.
+
+    The first Ctrl-C ends the fit after the current step, a second one at once.
 
     Args:
         svi: any :class:`pyro.infer.SVI`, with any ELBO.
         *args: the arguments of model and guide, as ``svi.step`` takes them.
-        num_steps: how many steps at most.
-        patience: stop after so many steps in a row without a new lowest total; None: never.
-        progress: show a bar with the terms of the last step, ``best`` (lowest total yet) and ``stall`` (steps since).
+        num_steps: how many steps at most, those before a resumption counted.
+        patience: stop after so many steps in a row in which the smoothed total had no new lowest value; None: never.
+        tolerance: stop once the standard error of every averaged parameter, in its unconstrained space, is below this
+            and its effective sample size above 50 (Welandawe et al. 2022); None: never.
+        warm_start: for how many steps to minimise the divergence alone before, without simulating, so that the fit
+            begins with the guide at the prior. They need a :class:`~pyrobirds.GeneralizedELBO`, use an optimiser of
+            their own made like that of ``svi``, and do not count.
+        max_grad_norm: scale the gradient down to this norm, over all parameters together, where it is larger.
+        seed: for the fit's random numbers, so that it can be reproduced; the generators of torch, NumPy and Python are
+            left as they were found. None: draw from them.
+        checkpoint: a file to resume from, if it is there, and to save to. The resumed fit ends bitwise as one that was
+            never stopped. With larger ``num_steps`` a finished fit goes on.
+        checkpoint_interval: how many seconds to let pass, at least, between two savings; the last step is always saved.
+        callbacks: called with a :class:`~pyrobirds.callbacks.Step` after each step; see :mod:`pyrobirds.callbacks`. One
+            that has a method ``close`` is closed when the fit ends.
+        progress: show a bar with the terms of the last step, ``best`` (lowest smoothed total) and ``stall`` (steps
+            since); without a terminal or notebook, a line every half minute and at the end.
         model_kwargs: keyword arguments of model and guide.
 
     Raises:
-        TypeError, ValueError: ``svi`` is no SVI, or ``num_steps`` or ``patience`` not a whole number of at least 1.
+        TypeError, ValueError: an argument is of the wrong kind or out of range, or the checkpoint is of another fit.
+        RuntimeError: runs fail, and ``on_failure`` of the :class:`~pyrobirds.GeneralizedELBO` makes that an error; or
+            the total of another ELBO is not finite.
+
+    Warns:
+        UserWarning: the fit diverged; it ends with this reason.
 
     Example:
         >>> from pyro.infer.autoguide import AutoNormal
@@ -79,39 +86,75 @@ def fit(
         >>> from pyrobirds import GeneralizedELBO, models
         >>> y = models.random_walk()
         >>> svi = SVI(models.random_walk, AutoNormal(models.random_walk), Adam({"lr": 0.05}), GeneralizedELBO(w=100))
-        >>> result = fit(svi, y, num_steps=5, progress=False)
-        >>> result.history["total"].shape, result.stop_reason.value
-        ((5,), 'all steps taken')
+        >>> result = fit(svi, y, num_steps=60, seed=1, progress=False)
+        >>> result.stop_reason.value, result.state, result.window
+        ('all steps taken', 'averaged', (29, 60))
+        >>> result.history["total"].shape
+        (60,)
     """
     if not isinstance(svi, SVI):
         raise TypeError(f"svi must be a pyro.infer.SVI, got {svi!r}")
+    if getattr(svi.step, "__func__", None) is not SVI.step:
+        raise TypeError(f"svi must take steps as pyro.infer.SVI does, but {type(svi).__name__} has a step of its own")
     num_steps = _checks.positive_int("num_steps", num_steps)
-    patience = num_steps if patience is None else _checks.positive_int("patience", patience)
+    patience = None if patience is None else _checks.positive_int("patience", patience)
+    tolerance = None if tolerance is None else _checks.positive("tolerance", tolerance)
+    warm_start = _checks.non_negative_int("warm_start", warm_start)
+    max_grad_norm = None if max_grad_norm is None else _checks.positive("max_grad_norm", max_grad_norm)
+    seed = None if seed is None else _checks.seed("seed", seed)
+    checkpoint_interval = _checks.non_negative("checkpoint_interval", checkpoint_interval)
+    callbacks = [*callbacks]
+    for callback in callbacks:
+        if not callable(callback):
+            raise TypeError(f"callbacks must be callables that take a Step, got {callback!r}")
     if not isinstance(model_kwargs, Mapping | None):
         raise TypeError(f"model_kwargs must be a dict of keyword arguments, got {model_kwargs!r}")
-    kwargs = {**(model_kwargs or {})}
+    file = None if checkpoint is None else checkpoints.CheckpointFile(checkpoint)
+    settings = {"seed": seed, "warm_start": warm_start, "max_grad_norm": max_grad_norm}
+    with nullcontext() if seed is None else forked_rng(seed):
+        run = TrainingRun(svi, args, {**(model_kwargs or {})}, num_steps, max_grad_norm)
+        saving = None if file is None else Saving(run, file, settings, checkpoint_interval)
+        if not (saving and saving.resume()):
+            run.start_at_prior(warm_start)
+        bar = Progress(num_steps, run.num_taken, show=progress)
+        try:
+            reason = _take_steps(run, saving, patience, tolerance, callbacks, bar)
+        except Exception:
+            run.undo_unfinished_step()
+            run.leave_in("best")
+            raise
+        finally:
+            bar.close()
+            for callback in callbacks:
+                getattr(callback, "close", lambda: None)()
+    if reason is StopReason.DIVERGED:
+        warnings.warn(f"the fit diverged at step {run.num_taken}: {run.advice()}", stacklevel=2)
+    return run.result(reason, seed)
 
-    rows: list[dict[str, float]] = []
-    best, stall = math.inf, 0
-    stop_reason = StopReason.NUM_STEPS
-    with tqdm(total=num_steps, disable=not progress) as bar:
-        for _ in range(num_steps):
-            total = float(svi.step(*args, **kwargs))  # type: ignore[arg-type]
-            row = {**_terms(svi), "total": total}
-            rows.append(row)
-            best, stall = (total, 0) if total < best else (best, stall + 1)
-            shown = {"reg" if name == "divergence" else name: f"{value:.2f}" for name, value in row.items()}
-            bar.set_postfix({**shown, "best": f"{best:.2f}", "stall": stall}, refresh=False)
-            bar.update()
-            if stall >= patience and len(rows) < num_steps:
-                stop_reason = StopReason.PATIENCE
-                break
-    history = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    return FitResult(history=history, stop_reason=stop_reason)
 
-
-def _terms(svi: SVI) -> dict[str, float]:
-    elbo = getattr(svi.loss_and_grads, "__self__", None)
-    if not isinstance(elbo, GeneralizedELBO) or elbo.terms is None:
-        return {}
-    return {"loss": elbo.terms.loss.item(), "divergence": elbo.terms.divergence.item()}
+def _take_steps(
+    run: TrainingRun,
+    saving: Saving | None,
+    patience: int | None,
+    tolerance: float | None,
+    callbacks: list[Callable[[Step], object]],
+    bar: Progress,
+) -> StopReason:
+    try:
+        with DeferredInterrupt() as interrupt:
+            while (reason := run.reason_to_stop(patience, tolerance)) is None and not interrupt.requested:
+                if (step := run.step()) is None:
+                    continue
+                bar.update(step, run.descent.best, run.descent.stall)
+                for callback in callbacks:
+                    callback(step)
+                if saving:
+                    saving.write_if_due()
+            if saving and run.num_taken:
+                saving.write()
+            return reason or StopReason.INTERRUPTED
+    except KeyboardInterrupt:  # in the middle of a step, whose random numbers are spent: the last saving stands
+        if not run.num_taken:
+            raise
+        run.undo_unfinished_step()
+        return StopReason.INTERRUPTED

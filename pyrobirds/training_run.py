@@ -1,0 +1,269 @@
+"""A fit as far as it has come: its steps, what is known of them, its states."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from array import array
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from pyro import poutine
+from pyro.infer import SVI
+from pyro.infer.util import torch_item, zero_grads
+from pyro.optim import PyroOptim
+from pyro.optim.lr_scheduler import PyroLRScheduler
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyrobirds.averaging import IterateAverage
+from pyrobirds.callbacks import Step
+from pyrobirds.descent import Descent
+from pyrobirds.elbo import GeneralizedELBO
+from pyrobirds.fit_result import FitResult, StateName, StopReason
+from pyrobirds.trained import TrainedParameters
+
+_CHECK_EVERY = 20  # steps between looks at what is costly to look at
+_HUGE = 1e8  # times what a parameter was
+_ADVICE = "Try a lower learning rate, max_grad_norm, more particles or a warm_start; the guide is in its best state"
+
+
+class TrainingRun:
+    """A fit as far as it has come."""
+
+    def __init__(
+        self, svi: SVI, args: tuple[Any, ...], kwargs: dict[str, Any], num_steps: int, max_grad_norm: float | None
+    ) -> None:
+        self.svi, self.args, self.kwargs = svi, args, kwargs
+        self.num_steps, self._max_grad_norm = num_steps, max_grad_norm
+        self.objective = getattr(svi.loss_and_grads, "__self__", None)  # None if it is a function
+        self.elbo = self.objective if isinstance(self.objective, GeneralizedELBO) else None
+        names = ("loss", "divergence", "w", "num_failed") if self.elbo else ()
+        self.columns = {name: array("d") for name in (*names, "total", "smoothed", "grad_norm")}
+        self.parameters = TrainedParameters()
+        self.average = IterateAverage()
+        self.descent = Descent()
+        self.judged = 0  # how many steps were judged and averaged
+        self.judged_from = 0  # how many were taken before
+        self.last = self.parameters.flat()  # all parameters as one vector: after the last step,
+        self.best: Tensor | None = None  # where the smoothed total was lowest,
+        self.first = self.last  # and before the first step that was judged
+        self._seconds_before, self._began = 0.0, time.perf_counter()
+        self._constant_from: int | None = None
+
+    @property
+    def num_taken(self) -> int:
+        return len(self.columns["total"])
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._began
+
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        self._seconds_before, self._began = value, time.perf_counter()
+
+    def start_at_prior(self, num_steps: int) -> None:
+        if not num_steps:
+            return
+        if self.elbo is None:
+            raise TypeError(f"warm_start needs a GeneralizedELBO as the loss of svi, got {self.objective!r}")
+        optim = copy.copy(self.svi.optim)
+        if isinstance(optim, PyroOptim):
+            optim.optim_objs, optim.grad_clip = {}, {}
+        alone = SVI(self.svi.model, self.svi.guide, optim, loss=self.elbo.divergence_only())
+        for _ in range(num_steps):
+            if not math.isfinite(divergence := float(alone.step(*self.args, **self.kwargs))):  # type: ignore[arg-type]
+                raise RuntimeError(
+                    f"the divergence from the prior is {divergence} in the warm start: the guide must not put mass "
+                    "where the prior has none; leave warm_start out, or start the guide closer to the prior"
+                )
+
+    def step(self) -> Step | None:
+        """Take a step, judge it, and record it; None if the parameters have become such that none can be taken."""
+        if self._constant_from is None:
+            self._constant_from = self._when_w_is_constant()
+            if self.judged and self.judged_from < self._constant_from:  # it was constant for fewer steps only
+                self._begin_judging()
+        w = self.elbo.weight(self.elbo.step) if self.elbo else math.nan
+        try:
+            total, tensors = self._evaluate()
+        except ValueError as error:  # torch's, of a scale that is zero or infinite, say
+            if not self.num_taken or "to satisfy the constraint" not in str(error):
+                raise
+            self.descent.diverged = f"a distribution got an impossible parameter ({_first_sentence(error)})"
+            return None
+        before = self.last
+        grad_norm = self._update(tensors)
+        zero_grads(tensors)
+        after = self.parameters.flat()
+        if not bool(after.isfinite().all()):  # the optimiser's doing, for the gradient was finite
+            self.parameters.load(before)
+            after, grad_norm = before, math.inf
+        if self.num_taken >= self._constant_from:
+            self._judge(total, grad_norm, before, after)
+        self.last = after
+        return self._record(total, grad_norm, w)
+
+    def _evaluate(self) -> tuple[float, list[Tensor]]:
+        """The total, and the parameters, whose gradients are computed."""
+        svi = self.svi
+        with poutine.trace(param_only=True) as capture:
+            total = _number(svi.loss_and_grads(svi.model, svi.guide, *self.args, **self.kwargs))
+        found = unconstrained(capture.trace)
+        if self.parameters.take(found):
+            self.last = self.parameters.flat()
+            self._begin_judging()
+        tensors = [*{id(tensor): tensor for tensor in found.values()}.values()]
+        if self.elbo is None and not math.isfinite(total):
+            zero_grads(tensors)
+            raise RuntimeError(
+                f"the objective is {total} at step {self.num_taken + 1}, and only a GeneralizedELBO can go on without "
+                "the runs that failed: take GeneralizedELBO(w=1, on_failure='drop') as the loss of svi"
+            )
+        return total, tensors
+
+    def _judge(self, total: float, grad_norm: float, before: Tensor, after: Tensor) -> None:
+        if self.judged == 0:
+            self.judged_from, self.first = self.num_taken, before
+        if self.descent.add(total, grad_norm):
+            self.best = before
+        self.average.add(after)
+        self.judged += 1
+
+    def _record(self, total: float, grad_norm: float, w: float) -> Step:
+        terms = self.elbo.terms if self.elbo else None
+        step = Step(
+            step=self.num_taken + 1,
+            num_steps=self.num_steps,
+            loss=terms.loss.item() if terms else math.nan,
+            divergence=terms.divergence.item() if terms else math.nan,
+            total=total,
+            smoothed=self.descent.smoothed,
+            w=w,
+            grad_norm=grad_norm,
+            num_failed=int(terms.num_failed) if terms else 0,
+            seconds=self.seconds,
+        )
+        for name, column in self.columns.items():
+            column.append(getattr(step, name))
+        return step
+
+    def _update(self, tensors: list[Tensor]) -> float:
+        """Let the optimiser take its step, unless the gradient is not finite; return the gradient's norm."""
+        gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not math.isfinite(grad_norm := norm.item()):
+            return grad_norm
+        if self._max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(tensors, self._max_grad_norm, norm)
+        optim = self.svi.optim
+        optim(tensors)
+        if isinstance(optim, PyroLRScheduler):
+            if optim.pt_scheduler_constructor is not torch.optim.lr_scheduler.ReduceLROnPlateau:
+                optim.step()
+            elif math.isfinite(self.descent.smoothed):
+                optim.step(self.descent.smoothed)
+        return grad_norm
+
+    def _begin_judging(self) -> None:
+        """Forget what was judged: the parameters or w are others than before."""
+        self.best = None
+        self.judged, self.descent, self.average = 0, Descent(), IterateAverage()
+
+    def _when_w_is_constant(self) -> int:
+        """The number of steps after which w no longer changes."""
+        if self.elbo is None or not callable(self.elbo.w):
+            return 0
+        offset = self.elbo.step - self.num_taken
+        step = self.num_steps - 1
+        final = self.elbo.weight(offset + step)
+        while step > 0 and self.elbo.weight(offset + step - 1) == final:
+            step -= 1
+        return step
+
+    def reason_to_stop(self, patience: int | None, tolerance: float | None) -> StopReason | None:
+        due = self.num_taken % _CHECK_EVERY == 0
+        if due and self.judged:
+            self._look_for_huge_parameters()
+        if self.descent.diverged:
+            return StopReason.DIVERGED
+        if due and tolerance is not None and self.average.has_converged(tolerance):
+            return StopReason.CONVERGED
+        if self.num_taken >= self.num_steps:
+            return StopReason.NUM_STEPS
+        if patience is not None and self.descent.stall >= patience:
+            return StopReason.PATIENCE
+        return None
+
+    def _look_for_huge_parameters(self) -> None:
+        sizes = [
+            {name: float(part.abs().max()) for name, part in self.parameters.by_name(flat).items() if part.numel()}
+            for flat in (self.first, self.last)
+        ]
+        for name, size in sizes[1].items():
+            if size > _HUGE * (1 + sizes[0][name]):
+                self.descent.diverged = f"the parameter {name!r} grew to {size:.3g}"
+
+    def undo_unfinished_step(self) -> None:
+        zero_grads(self.parameters.tensors.values())
+        self.parameters.load(self.last)
+
+    def leave_in(self, state: StateName) -> None:
+        self.parameters.load(self.states()[state])
+
+    def states(self) -> dict[StateName, Tensor]:
+        average = self.average.average() if self.judged else None
+        best = self.best
+        if self.descent.diverged and not self.descent.best < self.descent.first:
+            best = self.first  # it never was better than at the start
+        return {
+            "averaged": self.last if average is None else average,
+            "best": self.last if best is None else best,
+            "last": self.last,
+        }
+
+    def advice(self) -> str:
+        return f"{self.descent.diverged}. {_ADVICE}" if self.descent.diverged else ""
+
+    def result(self, reason: StopReason, seed: int | None) -> FitResult:
+        state: StateName = "best" if reason in (StopReason.INTERRUPTED, StopReason.DIVERGED) else "averaged"
+        self.leave_in(state)
+        first, last = (self.judged_from + i for i in self.average.window()) if self.judged else (self.num_taken,) * 2
+        steps = np.arange(1, self.num_taken + 1)
+        history = xr.Dataset(
+            {name: ("step", np.array(column)) for name, column in self.columns.items()}, coords={"step": steps}
+        )
+        return FitResult(
+            history=history,
+            stop_reason=reason,
+            advice=self.advice(),
+            states={name: self.parameters.by_name(flat) for name, flat in self.states().items()},
+            state=state,
+            window=(first + 1, last),
+            stationary=self.average.stationary_since is not None,
+            best=self.descent.best if math.isfinite(self.descent.best) else math.nan,
+            w=self.columns["w"][-1] if self.elbo else None,
+            seed=seed,
+            seconds=self.seconds,
+            _tensors={**self.parameters.tensors},
+        )
+
+
+def _number(total: Any) -> float:
+    """A total as a float; the first where an objective returns several, as that of wake and sleep does."""
+    return float(torch_item(total[0] if isinstance(total, tuple) else total))  # type: ignore[arg-type]
+
+
+def _first_sentence(error: Exception) -> str:
+    """What torch says of a distribution's parameter, without its value."""
+    lines = [line for line in str(error).splitlines() if "Expected parameter" in line]
+    return lines[0].split(" (")[0].removeprefix("Expected ") if lines else type(error).__name__
+
+
+def unconstrained(trace: Trace) -> dict[str, Tensor]:
+    """The parameters of a trace by name, as the optimiser sees them."""
+    return {name: site["value"].unconstrained() for name, site in trace.nodes.items()}  # type: ignore[union-attr]
