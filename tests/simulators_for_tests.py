@@ -59,3 +59,19 @@ def fixed_at(theta: Tensor) -> Callable[..., Any]:
         pyro.sample("theta", dist.Delta(theta).to_event(theta.dim()))
 
     return guide
+
+
+def line(theta: Tensor) -> Tensor:
+    """Theta times 1, 2, 3, 4, without noise: of a batch of draws, (B,) -> (B, 4), or of one draw, () -> (4,)."""
+    return theta.unsqueeze(-1) * torch.arange(1.0, 5.0, dtype=theta.dtype)
+
+
+def fails_above_one(theta: Tensor, bad: float = torch.nan) -> Tensor:
+    """The line where theta is at most 1, NaN or infinity above; so is its derivative."""
+    return line(theta) * torch.where(theta > 1, bad, 1.0).unsqueeze(-1)
+
+
+def raises_above_one(theta: Tensor) -> Tensor:
+    """The line of ONE draw where theta is at most 1; above, an exception that torch raises in vmap and outside."""
+    root = torch.linalg.cholesky((1.5 - theta).reshape(1, 1))
+    return line(theta) + 0 * root.sum()

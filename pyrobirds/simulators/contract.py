@@ -1,13 +1,19 @@
-"""The contract between a Simulator, the user's function and the user's loss; each violation has its own message."""
+"""The contract between a Simulator, the user's function and the user's loss.
+
+Each violation has its own message. Draws that fail are none: they are kept from the others.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from pyrobirds._checks import shape_text
 
@@ -30,18 +36,19 @@ def check_shape(what: str, x: Any, n: int, event_dim: int, batched: bool) -> Ten
     )
 
 
-def check_finite(what: str, x: Tensor) -> None:
-    """Raise unless all of ``x``, ``(B, *event)``, is finite."""
-    bad = ~x.isfinite().reshape(len(x), -1).all(1)
-    if bool(bad.any()):
-        raise ValueError(
-            f"{what} is not finite (NaN or infinity) in {int(bad.sum())} of {len(x)} draws of its first run: mend it, "
-            "or choose a prior that does not reach parameters which it cannot take"
-        )
+def any_of_event(x: Tensor) -> Tensor:
+    """By draw, ``(B,)``, whether any entry of the bool tensor ``x``, ``(B, *event)``, is true."""
+    return x.flatten(1).any(1) if x.dim() > 1 else x
 
 
-def check_gradient(what: str, results: Sequence[Tensor], inputs: dict[str, Tensor]) -> None:
-    """Raise unless ``results`` together depend differentiably on ``inputs``; warn of an input that has no effect."""
+def check_gradient(what: str, results: Sequence[Tensor], inputs: dict[str, Tensor]) -> bool:
+    """Raise unless ``results`` together depend differentiably on ``inputs``; warn of an input that has no effect.
+
+    Draws of which nothing, or no gradient, is finite say nothing about it. Returns whether there was another draw.
+    """
+    survived = reduce(torch.logical_or, (any_of_event(x.isfinite()) for x in results))
+    if not bool(survived.any()):
+        return False
     # Weights that differ, because results that add up to a constant have a gradient nevertheless.
     weights = [
         torch.linspace(1, 2, x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape) * (i + 1)
@@ -50,36 +57,50 @@ def check_gradient(what: str, results: Sequence[Tensor], inputs: dict[str, Tenso
     ]
     found = _gradients([x for x in results if x.requires_grad], inputs, weights)
     if found is None:
-        return
+        return True
     if not found:
         raise ValueError(
             f"{what} does not depend differentiably on {_names(inputs)}: compute it by torch operations that keep the "
             "graph (no .item(), .detach(), torch.tensor(theta) or NumPy), and draw discrete choices from a relaxation "
             "such as pyrobirds.simulators.relaxations.bernoulli"
         )
-    if without := [name for name in inputs if name not in found or not bool(found[name].any())]:
+    survived = survived & ~_not_finite(found.values())
+    if not bool(survived.any()):
+        return False
+    if without := [name for name in inputs if name not in found or not bool(found[name][survived].any())]:
         warnings.warn(
             f"{what} has no gradient, or one of zero, in {_names(without)} at its first run. If that should matter, "
             "mind that rounding, comparisons, .item() and .detach() pass no gradient on",
             stacklevel=2,
         )
+    return True
 
 
-def check_loss_gradient(what: str, value: Tensor, inputs: dict[str, Tensor]) -> None:
-    """Raise unless ``value``, ``(B,)``, has a gradient, and the first draw's is one in its own parameters only."""
-    found = _gradients([value[0]] if value.requires_grad else [], inputs, None)
+def check_loss_gradient(what: str, value: Tensor, failed: Tensor, inputs: dict[str, Tensor]) -> bool:
+    """Raise unless ``value``, ``(B,)``, has a gradient, and that of one draw is in its own parameters only.
+
+    Returns whether there was a draw, one that has not ``failed``, to look at.
+    """
+    survivors = (~failed).nonzero().flatten().tolist()
+    if not survivors:
+        return False
+    draw = survivors[0]
+    found = _gradients([value[draw]] if value.requires_grad else [], inputs, None)
     if found is None:
-        return
+        return True
     if not found:
         raise ValueError(
             f"{what} does not depend differentiably on {_names(inputs)}: compute it from x by torch operations that "
             "keep the graph (no .item(), .detach() or NumPy)"
         )
-    if mixed := [name for name, gradient in found.items() if bool(gradient[1:].nan_to_num().any())]:
+    others = torch.arange(len(value), device=value.device) != draw
+    # A gradient of zero becomes NaN on its way through draws that failed; that of another draw is not among these.
+    if mixed := [name for name, gradient in found.items() if bool(gradient[others].nan_to_num().any())]:
         raise ValueError(
-            f"{what} mixes up the draws of a batch: that of the first draw depends on {_names(mixed)} of others. The "
+            f"{what} mixes up the draws of a batch: that of draw {draw} depends on {_names(mixed)} of others. The "
             "batch is the FIRST dimension of parameters, x, y and loss; reduce over the others only"
         )
+    return True
 
 
 def _gradients(
@@ -99,6 +120,67 @@ def _gradients(
 
 def _names(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
+
+
+@dataclass
+class Backward:
+    """What the last backward pass met: the draws, ``(B,)``, whose gradient was not finite; None before it."""
+
+    failed: Tensor | None = None
+
+
+def guard(backward: Backward, parameters: list[Tensor]) -> list[Tensor]:
+    """The same parameters, ``(B, *event)``, that pass on the gradients of draws in which they are all finite.
+
+    Those of the other draws become zero. Where a loss is left out, its gradient of zero times an infinite derivative
+    inside the user's function is NaN, which would spoil whatever is computed from all draws.
+    """
+    if not (tracked := [parameter for parameter in parameters if parameter.requires_grad]):
+        return parameters
+    guarded = iter(_guard(backward, *tracked))
+    return [next(guarded) if parameter.requires_grad else parameter for parameter in parameters]
+
+
+def _guard(backward: Backward, *parameters: Tensor) -> tuple[Tensor, ...]:
+    # What any operation of torch does for subclasses of tensors, such as those by which Pyro tracks provenance.
+    if has_torch_function(parameters):
+        return handle_torch_function(_guard, parameters, backward, *parameters)
+    return _Guard.apply(backward, *parameters)
+
+
+class _Guard(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(backward: Backward, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return tuple(parameter.clone() for parameter in parameters)  # views could not be written to
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.met = inputs[0]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        failed = _not_finite(gradient for gradient in gradients if gradient is not None)
+        ctx.met.failed = failed
+        return None, *(
+            None if gradient is None else gradient.masked_fill(like(failed, gradient), 0) for gradient in gradients
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tangents[1:]
+
+
+def _not_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """The draws, ``(B,)``, in which one of these, ``(B, *event)``, is not finite."""
+    return reduce(torch.logical_or, (any_of_event(~tensor.isfinite()) for tensor in tensors))
+
+
+def like(draws: Tensor, x: Tensor) -> Tensor:
+    """``draws``, ``(B,)``, in a shape that broadcasts over the event of ``x``, ``(B, *event)``."""
+    return draws.reshape(-1, *[1] * (x.dim() - 1))
 
 
 def check_loss(what: str, value: Any, n: int, remedy: str) -> Tensor:

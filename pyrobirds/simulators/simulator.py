@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -15,7 +17,7 @@ from pyrobirds import _checks
 from pyrobirds._rng import forked_rng
 from pyrobirds.simulators import contract
 from pyrobirds.simulators.parameters import EventDims, Parameters, Theta
-from pyrobirds.simulators.unbatched import Unbatched
+from pyrobirds.simulators.unbatched import Raised, Unbatched
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -47,7 +49,11 @@ class Simulator:
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, or ``fn`` does not take a setting. The first run checks
-            the contract: batch in front, finite, of the data's shape, depending differentiably on the parameters.
+            the contract: batch in front, of the data's shape, depending differentiably on the parameters.
+
+    A draw fails if x is not finite where y is observed, if its loss is not finite, or if ``fn`` raises an exception (a
+    batched ``fn``: in the whole batch). Its log-probability is NaN then and its gradient zero; the other draws are what
+    they would be without it. What ``fn`` raises before it ever returned is raised as it is.
 
     A dict of outputs makes several sites that share one run. A run serves each output once; a second request simulates
     again::
@@ -90,6 +96,8 @@ class Simulator:
         with_settings = partial(fn, **settings)
         self._fn = with_settings if batched else Unbatched(with_settings, self.name)
         self._checked: set[Any] = set()  # the checks that passed
+        self._kinds: dict[str | None, _Kind] = {}  # by output, as of the last run; empty before the first that worked
+        self._warned = False  # that a run raised an exception
 
     @classmethod
     def from_loss(
@@ -148,51 +156,95 @@ class Simulator:
                 f"a site of Simulator.from_loss({self.name}) can be scored but not drawn, for it has no output: pass "
                 "the data, or make it of a simulator and a loss, Simulator(fn, loss)"
             )
-        flat = theta.flat(batch_shape)
-        args, kwargs = theta.arguments(flat)
-        with self._noise(scored):
-            result = self._fn(*args, **kwargs)
+        called = self._call(theta, batch_shape, scored=scored)
         outputs = {}
-        for output, x in self._by_output(result).items():
+        for output, x in self._by_output(called.result).items():
             what = f"what {self.name} returned" if output is None else f"output {output!r} of {self.name}"
             outputs[output] = contract.check_shape(what, x, batch_shape.numel(), self.event_dims[output], self._batched)
-            self.event_shapes[output] = x.shape[1:]
-            self._once(("finite", output), lambda what=what, x=x: contract.check_finite(what, x))
-        inputs = theta.differentiable(flat)
-        if scored and inputs:
+        self.event_shapes = {output: x.shape[1:] for output, x in outputs.items()}
+        self._kinds = {output: _kind(x) for output, x in outputs.items()}
+        if scored and called.inputs:
             what = f"what {self.name} returns"
-            self._once("gradient", lambda: contract.check_gradient(what, [*outputs.values()], inputs))
-        return Simulated(outputs, inputs)
+            self._once("gradient", lambda: contract.check_gradient(what, [*outputs.values()], called.inputs))
+        return Simulated(outputs, called)
 
-    def score(self, run: Run, output: str | None, batch_shape: torch.Size, y: Tensor) -> Tensor:
-        """The loss of a fresh run, ``(B,)``."""
+    def score(self, run: Run, output: str | None, batch_shape: torch.Size, y: Tensor) -> Score:
+        """The loss of a fresh run."""
         site = f"a site of {self!r}" if output is None else f"the site of output {output!r} of {self!r}"
         if self.scores_inside:
             what, remedy = f"the loss {self.name!r}", "a loss of ONE draw needs batched=False"
             y = contract.expand_data(site, y, contract.event_shape_of(site, y, self.event_dims[output]), batch_shape)
-            flat = run.theta.flat(batch_shape)
-            args, kwargs = self._parameters.with_data(*run.theta.arguments(flat), y)
-            with self._noise(scored=True):
-                value = self._fn(*args, **kwargs)
-            inputs = run.theta.differentiable(flat)
+            called = self._call(run.theta, batch_shape, y, scored=True)
+            value, failed = called.result, called.raised
         else:
             loss = self.losses[output]
             what, remedy = f"the loss {_name(loss)!r} of {site}", "reduce over the event only, e.g. by .mean(-1)"
-            x, inputs = run.take(output, batch_shape, scored=True)
-            value = loss(x, contract.expand_data(site, y, x.shape[1:], batch_shape))
+            x, called = run.take(output, batch_shape, scored=True)
+            y = contract.expand_data(site, y, x.shape[1:], batch_shape)
+            failed = called.raised.to(x.device) | contract.any_of_event(~x.detach().isfinite() & ~y.isnan())
+            value = loss(x.masked_fill(contract.like(failed, x), 0), y)  # a loss need not know what to do with NaN
         value = contract.check_loss(what, value, batch_shape.numel(), remedy)
-        self._once(("finite loss", output), lambda: contract.check_finite(what, value))
-        if inputs:
+        failed = failed.to(value.device) | ~value.detach().isfinite()
+        if self.scores_inside:
+            self._kinds = {output: _kind(value)}
+        if inputs := called.inputs:
             if self.scores_inside:
                 self._once("gradient", lambda: contract.check_gradient(what, [value], inputs))
             several = len(value) > 1
-            self._once(("draws", output, several), lambda: contract.check_loss_gradient(what, value, inputs))
-        return value
+            self._once(("draws", output, several), lambda: contract.check_loss_gradient(what, value, failed, inputs))
+        return Score(torch.where(failed, torch.nan, value), failed, called.backward)
 
-    def _once(self, name: Any, check: Callable[[], None]) -> None:
+    def _call(self, theta: Theta, batch_shape: torch.Size, y: Tensor | None = None, *, scored: bool) -> Called:
+        """Call the function once for a whole batch; what it raises is a failure, unless it never worked."""
+        backward = contract.Backward()
+        flat = contract.guard(backward, theta.flat(batch_shape))
+        args, kwargs = self._parameters.with_data(*theta.arguments(flat), y)
+        n, raised = batch_shape.numel(), None
+        with self._noise(scored):
+            if isinstance(self._fn, Unbatched):
+                result, raised = self._fn(*args, **kwargs)
+            else:
+                try:
+                    result = self._fn(*args, **kwargs)
+                except Exception as error:
+                    result, raised = None, Raised([*range(n)], error)
+        mask = torch.zeros(n, dtype=torch.bool, device=flat[0].device if flat else None)
+        if raised is not None:
+            if len(raised.draws) == n:
+                if raised.error is not None and not (scored and self._kinds):
+                    raise raised.error
+                result = self._nan(n)
+            mask[raised.draws] = True
+            if not self._warned:
+                self._warned = True
+                self._warn(raised, n, dict(zip(theta.names, flat, strict=True)))
+            raised.error = None  # its traceback refers to this frame: they would keep each other and the run alive
+        return Called(result, mask, theta.differentiable(flat), backward)
+
+    def _warn(self, raised: Raised, n: int, theta: dict[str, Tensor]) -> None:
+        draws = [" and ".join(f"{name}={_text(theta[name][draw])}" for name in theta) for draw in raised.draws[:3]]
+        frames = traceback.extract_tb(raised.error and raised.error.__traceback__)
+        where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+        what = "A batch that raises counts as failed in all of its draws" if self._batched else "They count as failed"
+        warnings.warn(
+            f"{self.name} raised an exception in {len(raised.draws)} of {n} draws, such as {'; '.join(draws)}: "
+            f"{type(raised.error).__name__}: {raised.error}{where}. {what}: the log-probability is NaN, the gradient "
+            "zero. Later exceptions are not announced",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _nan(self, n: int) -> Any:
+        """What the function would return for n draws, had it not raised in each of them."""
+        results = {
+            output: torch.full((n, *self.event_shapes.get(output, ())), torch.nan, **kind)
+            for output, kind in self._kinds.items()
+        }
+        return results.get(None, results)
+
+    def _once(self, name: Any, check: Callable[[], bool]) -> None:
         """Make a check until it has passed once; a check waits for the device, and is not made at every step."""
-        if name not in self._checked:
-            check()
+        if name not in self._checked and check():
             self._checked.add(name)
 
     def _noise(self, scored: bool) -> AbstractContextManager[None]:
@@ -212,11 +264,28 @@ class Simulator:
         return {output: result[output] for output in self.losses}
 
 
+class Called(NamedTuple):
+    """A call of the user's function for a batch of draws."""
+
+    result: Any  # NaN where it raised
+    raised: Tensor  # (B,), the draws in which it raised
+    inputs: dict[str, Tensor]  # the parameters with a gradient, (B, *event)
+    backward: contract.Backward
+
+
 class Simulated(NamedTuple):
     """What a run gave."""
 
     outputs: dict[str | None, Tensor]  # x by output, (B, *event)
-    inputs: dict[str, Tensor]  # the parameters with a gradient, (B, *event)
+    called: Called
+
+
+class Score(NamedTuple):
+    """The losses of a run."""
+
+    loss: Tensor  # (B,), NaN where the run failed
+    failed: Tensor  # (B,)
+    backward: contract.Backward
 
 
 class Run(Mapping[str, "SimulatorSite"]):
@@ -230,8 +299,8 @@ class Run(Mapping[str, "SimulatorSite"]):
     def site(self, output: str | None) -> SimulatorSite:
         return SimulatorSite(self, output, self.theta.batch_shape)
 
-    def take(self, output: str | None, batch_shape: torch.Size, *, scored: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """x of one output, and the inputs that it has a gradient in.
+    def take(self, output: str | None, batch_shape: torch.Size, *, scored: bool) -> tuple[Tensor, Called]:
+        """x of one output, and the call that it comes from.
 
         It is that of the last simulation if that has not served it yet, else of a new one.
         """
@@ -239,8 +308,8 @@ class Run(Mapping[str, "SimulatorSite"]):
         kind = (batch_shape, torch.is_grad_enabled(), scored and self.simulator.seed is not None)
         if kind not in self._unserved or output not in self._unserved[kind].outputs:
             self._unserved[kind] = self.simulator.simulate(self.theta, batch_shape, scored=scored)
-        outputs, inputs = self._unserved[kind]
-        return outputs.pop(output), inputs
+        outputs, called = self._unserved[kind]
+        return outputs.pop(output), called
 
     def __getitem__(self, output: str) -> SimulatorSite:
         if output not in self.simulator.losses:
@@ -255,8 +324,12 @@ class Run(Mapping[str, "SimulatorSite"]):
 
 
 class SimulatorSite(TorchDistribution):
-    """The distribution of one output of a simulator with bound parameters; its log-probability is minus the loss."""
+    """The distribution of one output of a simulator with bound parameters; its log-probability is minus the loss.
 
+    The log-probability of a run that failed is NaN, and its gradient zero.
+    """
+
+    can_fail = True  # NaN in its log-probability is a run that failed
     arg_constraints = {}  # type: ignore[assignment]  # noqa: RUF012 (torch's way)
     has_rsample = True
 
@@ -264,6 +337,7 @@ class SimulatorSite(TorchDistribution):
         self.run = run
         self.output = output
         self._drawn: Tensor | None = None
+        self._scored: tuple[Tensor, contract.Backward] | None = None
         super().__init__(batch_shape, validate_args=False)
 
     @property
@@ -299,7 +373,22 @@ class SimulatorSite(TorchDistribution):
                 f"{self!r} is scored at its own draw. In a model that means that it has no data: pass them, e.g. "
                 "svi.step(y). To score a draw on purpose, score a clone() of it"
             )
-        return -self.run.simulator.score(self.run, self.output, self.batch_shape, value).reshape(self.batch_shape)
+        score = self.run.simulator.score(self.run, self.output, self.batch_shape, value)
+        self._scored = score.failed, score.backward
+        return -score.loss.reshape(self.batch_shape)
+
+    @property
+    def gradient_failed(self) -> Tensor | None:
+        """Which runs had not failed, but have a gradient that is not finite and was replaced by zero.
+
+        As of the backward pass through the last ``log_prob``, a bool tensor of ``batch_shape``; None before it.
+        """
+        if self._scored is None:
+            return None
+        failed, backward = self._scored
+        return (
+            None if backward.failed is None else (backward.failed.to(failed.device) & ~failed).reshape(self.batch_shape)
+        )
 
     def __repr__(self) -> str:
         output = "" if self.output is None else f", output={self.output!r}"
@@ -308,6 +397,24 @@ class SimulatorSite(TorchDistribution):
 
 def _name(fn: Any) -> str:
     return getattr(fn, "__name__", None) or getattr(getattr(fn, "func", None), "__name__", None) or type(fn).__name__
+
+
+def _text(value: Tensor) -> str:
+    """The value of one parameter, cut short."""
+    entries = [f"{entry:.4g}" for entry in value.flatten()[:4].tolist()]
+    if value.dim() == 0:
+        return entries[0]
+    return f"[{', '.join(entries)}{', ...' if value.numel() > len(entries) else ''}]"
+
+
+class _Kind(TypedDict):
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _kind(x: Tensor) -> _Kind:
+    """Of tensors that hold NaN in place of ``x``."""
+    return {"dtype": x.dtype if x.is_floating_point() else torch.get_default_dtype(), "device": x.device}
 
 
 def _event_dims(event_dim: int | Mapping[str, int], outputs: tuple[str | None, ...]) -> dict[str | None, int]:
