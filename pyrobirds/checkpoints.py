@@ -365,7 +365,7 @@ def _name(fn: Any) -> str:
 def _kind_of_distribution(fn: Any) -> str:
     while isinstance(fn, _WRAPPERS):
         fn = fn.base_dist
-    return type(fn).__name__
+    return getattr(fn, "made_of", type(fn).__name__)
 
 
 def _summary(value: Tensor) -> dict[str, Any]:

@@ -225,10 +225,11 @@ class GeneralizedELBO(ELBO):
     def _record(self, evaluations: list[_Evaluation], failed: list[Failed]) -> Terms:
         loss = _total([evaluation.loss.detach() for evaluation in evaluations])
         divergence = _total([evaluation.divergence.detach() for evaluation in evaluations])
-        if self.penalty is None:
-            for one in failed:
-                loss = torch.where(one.runs.all(), math.nan, loss)
-        num_failed = _total([one.runs.sum() for one in failed]).long()
+        counts = [one.runs.sum() for one in failed]
+        for one, count in zip(failed, counts, strict=True):
+            if self.penalty is None and not one.in_backward:
+                loss = loss.masked_fill(count == one.runs.numel(), math.nan)  # there is nothing to average over
+        num_failed = _total(counts) if counts else torch.zeros((), dtype=torch.long)
         self.terms = Terms(loss, divergence, loss + divergence, num_failed)
         return self.terms
 

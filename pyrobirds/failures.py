@@ -34,10 +34,13 @@ def in_backward(failed: Sequence[Failed]) -> list[Failed]:
     """The runs whose gradient was not finite although their loss was, which simulators note in the backward pass."""
     found = []
     for one in failed:
-        gradients = [getattr(innermost(site["fn"]), "gradient_failed", None) for site in one.sites]
-        noted = [gradient for gradient in gradients if gradient is not None]
-        if noted:
-            rows = [gradient.reshape(-1, *one.runs.shape[1:]) for gradient in noted]
+        noted = [(site, getattr(innermost(site["fn"]), "gradient_failed", None)) for site in one.sites]
+        rows = [
+            _asked_for(site["mask"], gradient).reshape(-1, *one.runs.shape[1:])
+            for site, gradient in noted
+            if gradient is not None
+        ]
+        if rows:
             found.append(one._replace(runs=torch.cat(rows), in_backward=True))
     return found
 
@@ -76,7 +79,7 @@ def fill(sites: Sequence[Any], penalty: float | None, *, num_plates: float, as_c
     num_alive = len(together) - together.sum(0)
     if penalty is None:
         factor = len(together) / num_alive.clamp(min=1)
-        values = [torch.where(bad, 0.0, own) * factor for bad, own in zip(failed, by_particle, strict=True)]
+        values = [own.nan_to_num(0.0) * factor for own in by_particle]
     else:
         values = [torch.where(bad, -penalty, own) for bad, own in zip(failed, by_particle, strict=True)]
     for site, value, own in zip(sites, values, log_probs, strict=True):

@@ -41,8 +41,9 @@ def fit(
     average of its unconstrained parameters over the steps since they became stationary, found by the split
     :math:`\hat R` of the parameters as in Welandawe et al. 2022 (https://arxiv.org/abs/2203.15945, after Dhaka et al.
     2020, https://arxiv.org/abs/2009.00666), or over the last half of the steps where that was not found; see
-    :class:`~pyrobirds.averaging.IterateAverage`. A fit that is interrupted, diverges or ends by an error leaves it in
-    the best state: where the median of the last 25 totals was lowest. ``FitResult.load`` puts it in another one.
+    :class:`~pyrobirds.averaging.IterateAverage`. A fit that diverges leaves it in the best state: where the median of
+    the last 25 totals was lowest; so does one that is interrupted or ends by an error, unless the parameters were
+    stationary, for then their average is better still. ``FitResult.load`` puts it in another one.
 
     While ``w`` of a :class:`~pyrobirds.GeneralizedELBO` changes, nothing is averaged or judged: that begins with the
     first step from which on ``w`` stays the same. A step whose gradient is not finite is not taken. A learning-rate
@@ -121,7 +122,7 @@ def fit(
             reason = _take_steps(run, saving, patience, tolerance, callbacks, bar)
         except Exception:
             run.undo_unfinished_step()
-            run.leave_in("best")
+            run.leave_in(run.state_when_cut_short())
             raise
         finally:
             bar.close()

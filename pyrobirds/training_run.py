@@ -212,8 +212,14 @@ class TrainingRun:
         zero_grads(self.parameters.tensors.values())
         self.parameters.load(self.last)
 
-    def leave_in(self, state: StateName) -> None:
+    def leave_in(self, state: StateName) -> StateName:
         self.parameters.load(self.states()[state])
+        return state
+
+    def state_when_cut_short(self) -> StateName:
+        """The best state of a fit that did not come to its end."""
+        stationary = self.average.stationary_since is not None
+        return "averaged" if stationary and not self.descent.diverged else "best"
 
     def states(self) -> dict[StateName, Tensor]:
         average = self.average.average() if self.judged else None
@@ -230,8 +236,8 @@ class TrainingRun:
         return f"{self.descent.diverged}. {_ADVICE}" if self.descent.diverged else ""
 
     def result(self, reason: StopReason, seed: int | None) -> FitResult:
-        state: StateName = "best" if reason in (StopReason.INTERRUPTED, StopReason.DIVERGED) else "averaged"
-        self.leave_in(state)
+        cut_short = reason in (StopReason.INTERRUPTED, StopReason.DIVERGED)
+        state = self.leave_in(self.state_when_cut_short() if cut_short else "averaged")
         first, last = (self.judged_from + i for i in self.average.window()) if self.judged else (self.num_taken,) * 2
         steps = np.arange(1, self.num_taken + 1)
         history = xr.Dataset(

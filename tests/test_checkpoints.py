@@ -604,7 +604,7 @@ def test_a_description_is_what_a_file_can_hold(y, tmp_path):
         "guide": "AutoNormal",
         "site 'mean'": "Normal of shape ()",
         "site 'theta'": "MultivariateNormal of shape (3,) and event shape (2,)",
-        "site 'x'": "SimulatorSite of shape (3,) and event shape (20,), observed",
+        "site 'x'": "Simulator(random_walk, mse, seed=None) of shape (3,) and event shape (20,), observed",
         "parameter 'AutoNormal.locs.mean'": "of shape ()",
         "parameter 'AutoNormal.locs.theta'": "of shape (3, 2)",
         "parameter 'AutoNormal.scales.mean'": "of shape ()",
@@ -694,8 +694,8 @@ def test_changed_sites_are_named(y):
     assert "site 'mean': Normal of shape () in the file, Gamma of shape () here" in text
     text = changes(here, described(model, y[:2], num_series=2))
     assert (
-        "site 'x': SimulatorSite of shape (3,) and event shape (20,), observed in the file, "
-        "SimulatorSite of shape (2,) and event shape (20,), observed here" in text
+        "site 'x': Simulator(random_walk, mse, seed=None) of shape (3,) and event shape (20,), observed in the file, "
+        "Simulator(random_walk, mse, seed=None) of shape (2,) and event shape (20,), observed here" in text
     )
     assert "data of site 'x', shape: (3, 20) in the file, (2, 20) here" in text
     assert "parameter 'AutoNormal.locs.theta': of shape (3, 2) in the file, of shape (2, 2) here" in text

@@ -23,6 +23,7 @@ from pyrobirds import GeneralizedELBO, Simulator, fit, losses
 from pyrobirds.callbacks import Step
 from pyrobirds.divergences import KL
 from pyrobirds.fit_result import FitResult, StopReason
+from pyrobirds.simulators import random_walk
 
 HERE = Path(__file__).parent
 
@@ -169,6 +170,31 @@ def test_a_changed_prior_is_seen_behind_the_same_name(tmp_path: Path) -> None:
         run(make(model=priors(2.0)), checkpoint=tmp_path / "fit.pt")
 
 
+def test_another_simulator_loss_or_setting_is_seen(tmp_path: Path) -> None:
+    def other_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x - y).abs().mean(-1)
+
+    def simulated(simulate: Simulator) -> Any:
+        def model(y: torch.Tensor) -> None:
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            pyro.sample("x", simulate(theta), obs=y.expand(10))
+
+        return model
+
+    def once(**options: Any) -> None:
+        pyro.clear_param_store()
+        settings = {"fn": random_walk, "loss": losses.mse, "n_timesteps": 10, **options}
+        run(make(model=simulated(Simulator(**settings))), num_steps=3, checkpoint=tmp_path / "fit.pt")
+
+    once()
+    for change in ({"loss": other_loss}, {"tau": 0.5}, {"seed": 1}):
+        with pytest.raises(
+            ValueError, match=r"site 'x': Simulator\(random_walk, mse, n_timesteps=10, seed=None\) of shape"
+        ):
+            once(**change)
+    once()
+
+
 def test_an_optimiser_that_cannot_be_saved_is_refused_before_the_first_step(tmp_path: Path) -> None:
     svi = make()
     svi.optim = lambda parameters: None
@@ -229,6 +255,15 @@ def test_ctrl_c_ends_after_the_step_in_the_best_state(tmp_path: Path) -> None:
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     assert run(make(), num_steps=80).history.equals(resumed.history)
+
+
+def test_ctrl_c_leaves_the_average_where_the_parameters_are_stationary() -> None:
+    result = run(make(), num_steps=5000, callbacks=[press_at(1500)])
+    assert result.stop_reason is StopReason.INTERRUPTED
+    assert result.stationary
+    assert result.state == "averaged"
+    for name, tensor in pyro.get_param_store().named_parameters():
+        assert torch.equal(tensor.detach(), result.states["averaged"][name])
 
 
 @pytest.mark.parametrize("how", ["twice", "raised"])

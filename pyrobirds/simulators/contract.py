@@ -36,9 +36,9 @@ def check_shape(what: str, x: Any, n: int, event_dim: int, batched: bool) -> Ten
     )
 
 
-def any_of_event(x: Tensor) -> Tensor:
-    """By draw, ``(B,)``, whether any entry of the bool tensor ``x``, ``(B, *event)``, is true."""
-    return x.flatten(1).any(1) if x.dim() > 1 else x
+def all_of_event(x: Tensor) -> Tensor:
+    """By draw, ``(B,)``, whether every entry of the bool tensor ``x``, ``(B, *event)``, is true."""
+    return x.flatten(1).all(1) if x.dim() > 1 else x
 
 
 def check_gradient(what: str, results: Sequence[Tensor], inputs: dict[str, Tensor]) -> bool:
@@ -46,7 +46,7 @@ def check_gradient(what: str, results: Sequence[Tensor], inputs: dict[str, Tenso
 
     Draws of which nothing, or no gradient, is finite say nothing about it. Returns whether there was another draw.
     """
-    survived = reduce(torch.logical_or, (any_of_event(x.isfinite()) for x in results))
+    survived = reduce(torch.logical_or, (~all_of_event(~x.isfinite()) for x in results))
     if not bool(survived.any()):
         return False
     # Weights that differ, because results that add up to a constant have a gradient nevertheless.
@@ -76,12 +76,12 @@ def check_gradient(what: str, results: Sequence[Tensor], inputs: dict[str, Tenso
     return True
 
 
-def check_loss_gradient(what: str, value: Tensor, failed: Tensor, inputs: dict[str, Tensor]) -> bool:
+def check_loss_gradient(what: str, value: Tensor, worked: Tensor, inputs: dict[str, Tensor]) -> bool:
     """Raise unless ``value``, ``(B,)``, has a gradient, and that of one draw is in its own parameters only.
 
-    Returns whether there was a draw, one that has not ``failed``, to look at.
+    Returns whether there was a draw to look at, one that ``worked``.
     """
-    survivors = (~failed).nonzero().flatten().tolist()
+    survivors = worked.nonzero().flatten().tolist()
     if not survivors:
         return False
     draw = survivors[0]
@@ -175,7 +175,7 @@ class _Guard(torch.autograd.Function):
 
 def _not_finite(tensors: Iterable[Tensor]) -> Tensor:
     """The draws, ``(B,)``, in which one of these, ``(B, *event)``, is not finite."""
-    return reduce(torch.logical_or, (any_of_event(~tensor.isfinite()) for tensor in tensors))
+    return ~reduce(torch.logical_and, (all_of_event(tensor.isfinite()) for tensor in tensors))
 
 
 def like(draws: Tensor, x: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ class Simulator:
             raise TypeError(f"loss must be a callable (x, y) -> (B,), or a dict of them by output, got {loss!r}")
         self.name = _name(fn)
         self.losses = losses
+        self.settings = settings
         self.scores_inside = loss is _INSIDE
         self.event_dims = _event_dims(event_dim, tuple(losses))
         self.event_shapes: dict[str | None, torch.Size] = {}  # as of the last run
@@ -175,24 +176,27 @@ class Simulator:
             what, remedy = f"the loss {self.name!r}", "a loss of ONE draw needs batched=False"
             y = contract.expand_data(site, y, contract.event_shape_of(site, y, self.event_dims[output]), batch_shape)
             called = self._call(run.theta, batch_shape, y, scored=True)
-            value, failed = called.result, called.raised
+            value, worked = called.result, called.worked
         else:
             loss = self.losses[output]
             what, remedy = f"the loss {_name(loss)!r} of {site}", "reduce over the event only, e.g. by .mean(-1)"
             x, called = run.take(output, batch_shape, scored=True)
             y = contract.expand_data(site, y, x.shape[1:], batch_shape)
-            failed = called.raised.to(x.device) | contract.any_of_event(~x.detach().isfinite() & ~y.isnan())
-            value = loss(x.masked_fill(contract.like(failed, x), 0), y)  # a loss need not know what to do with NaN
+            worked = contract.all_of_event(x.detach().isfinite() | y.isnan())
+            if called.worked is not None:
+                worked = worked & called.worked.to(x.device)
+            value = loss(torch.where(contract.like(worked, x), x, 0), y)  # it need not know what to do with NaN
         value = contract.check_loss(what, value, batch_shape.numel(), remedy)
-        failed = failed.to(value.device) | ~value.detach().isfinite()
+        finite = value.detach().isfinite()
+        worked = finite if worked is None else finite & worked.to(value.device)
         if self.scores_inside:
             self._kinds = {output: _kind(value)}
         if inputs := called.inputs:
             if self.scores_inside:
                 self._once("gradient", lambda: contract.check_gradient(what, [value], inputs))
             several = len(value) > 1
-            self._once(("draws", output, several), lambda: contract.check_loss_gradient(what, value, failed, inputs))
-        return Score(torch.where(failed, torch.nan, value), failed, called.backward)
+            self._once(("draws", output, several), lambda: contract.check_loss_gradient(what, value, worked, inputs))
+        return Score(torch.where(worked, value, torch.nan), worked, called.backward)
 
     def _call(self, theta: Theta, batch_shape: torch.Size, y: Tensor | None = None, *, scored: bool) -> Called:
         """Call the function once for a whole batch; what it raises is a failure, unless it never worked."""
@@ -208,18 +212,19 @@ class Simulator:
                     result = self._fn(*args, **kwargs)
                 except Exception as error:
                     result, raised = None, Raised([*range(n)], error)
-        mask = torch.zeros(n, dtype=torch.bool, device=flat[0].device if flat else None)
+        worked = None
         if raised is not None:
             if len(raised.draws) == n:
                 if raised.error is not None and not (scored and self._kinds):
                     raise raised.error
                 result = self._nan(n)
-            mask[raised.draws] = True
+            worked = torch.ones(n, dtype=torch.bool, device=flat[0].device if flat else None)
+            worked[raised.draws] = False
             if not self._warned:
                 self._warned = True
                 self._warn(raised, n, dict(zip(theta.names, flat, strict=True)))
             raised.error = None  # its traceback refers to this frame: they would keep each other and the run alive
-        return Called(result, mask, theta.differentiable(flat), backward)
+        return Called(result, worked, theta.differentiable(flat), backward)
 
     def _warn(self, raised: Raised, n: int, theta: dict[str, Tensor]) -> None:
         draws = [" and ".join(f"{name}={_text(theta[name][draw])}" for name in theta) for draw in raised.draws[:3]]
@@ -268,7 +273,7 @@ class Called(NamedTuple):
     """A call of the user's function for a batch of draws."""
 
     result: Any  # NaN where it raised
-    raised: Tensor  # (B,), the draws in which it raised
+    worked: Tensor | None  # (B,), the draws in which it did not raise; None if that is all of them
     inputs: dict[str, Tensor]  # the parameters with a gradient, (B, *event)
     backward: contract.Backward
 
@@ -284,7 +289,7 @@ class Score(NamedTuple):
     """The losses of a run."""
 
     loss: Tensor  # (B,), NaN where the run failed
-    failed: Tensor  # (B,)
+    worked: Tensor  # (B,)
     backward: contract.Backward
 
 
@@ -354,6 +359,17 @@ class SimulatorSite(TorchDistribution):
             "guide(y), and leave outputs without data out of the model"
         )
 
+    @property
+    def made_of(self) -> str:
+        """The simulator, its loss and those settings that are numbers or words: what a checkpoint is recognised by."""
+        simulator = self.run.simulator
+        loss = "" if simulator.scores_inside else f", {_name(simulator.losses[self.output])}"
+        settings = {
+            name: value for name, value in simulator.settings.items() if isinstance(value, bool | int | float | str)
+        }
+        words = "".join(f", {name}={value!r}" for name, value in {**settings, "seed": simulator.seed}.items())
+        return f"Simulator({simulator.name}{loss}{words})"
+
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> SimulatorSite:
         return SimulatorSite(self.run, self.output, torch.Size(batch_shape))
 
@@ -374,7 +390,7 @@ class SimulatorSite(TorchDistribution):
                 "svi.step(y). To score a draw on purpose, score a clone() of it"
             )
         score = self.run.simulator.score(self.run, self.output, self.batch_shape, value)
-        self._scored = score.failed, score.backward
+        self._scored = score.worked, score.backward
         return -score.loss.reshape(self.batch_shape)
 
     @property
@@ -385,10 +401,10 @@ class SimulatorSite(TorchDistribution):
         """
         if self._scored is None:
             return None
-        failed, backward = self._scored
-        return (
-            None if backward.failed is None else (backward.failed.to(failed.device) & ~failed).reshape(self.batch_shape)
-        )
+        worked, backward = self._scored
+        if backward.failed is None:
+            return None
+        return (backward.failed.to(worked.device) & worked).reshape(self.batch_shape)
 
     def __repr__(self) -> str:
         output = "" if self.output is None else f", output={self.output!r}"
