@@ -13,7 +13,7 @@ test: .venv/test.stamp  ## lint, types, doctests, tests
 	$(BIN)/basedpyright
 	$(BIN)/pytest -n 2
 
-bench: .venv/test.stamp  ## ratios measured side by side
+bench: .venv/test.stamp  ## speed, and how near the optimum fits end
 	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
 
 clean:

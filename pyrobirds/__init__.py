@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyrobirds import callbacks, divergences, losses, models, simulators
     from pyrobirds.elbo import GeneralizedELBO
-    from pyrobirds.fit_result import FitResult
+    from pyrobirds.fit_result import FitResult, StopReason
     from pyrobirds.fitting import fit
     from pyrobirds.simulators.simulator import Simulator
     from pyrobirds.tempering import tempered
@@ -25,6 +25,7 @@ __all__ = [
     "FitResult",
     "GeneralizedELBO",
     "Simulator",
+    "StopReason",
     "callbacks",
     "divergences",
     "fit",
@@ -39,6 +40,7 @@ _HOME = {
     "FitResult": "pyrobirds.fit_result",
     "GeneralizedELBO": "pyrobirds.elbo",
     "Simulator": "pyrobirds.simulators.simulator",
+    "StopReason": "pyrobirds.fit_result",
     "fit": "pyrobirds.fitting",
     "tempered": "pyrobirds.tempering",
 }

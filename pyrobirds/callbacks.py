@@ -96,6 +96,7 @@ class Log:
         ValueError: ``path`` ends in something else, ``every`` is below 1, or, at the first step of a resumed fit, the
             file holds no such log.
         FileNotFoundError: the folder of ``path`` does not exist.
+        IsADirectoryError: ``path`` is a folder.
         TypeError: ``every`` is no whole number.
 
     Example:
@@ -111,11 +112,13 @@ class Log:
 
     def __init__(self, path: str | os.PathLike[str], *, every: int = 1) -> None:
         self._path = Path(path).absolute()
-        if self._path.suffix not in _FORMATS:
+        if self._path.suffix.lower() not in _FORMATS:
             raise ValueError(f"path must end in .csv or .jsonl, which says the format of the log, got {str(path)!r}")
         if not self._path.parent.is_dir():
             raise FileNotFoundError(f"path must be in a folder that exists: create {str(self._path.parent)!r} first")
-        self._format = _FORMATS[self._path.suffix]
+        if self._path.is_dir():
+            raise IsADirectoryError(f"path must be that of a file, but {str(self._path)!r} is a folder")
+        self._format = _FORMATS[self._path.suffix.lower()]
         self._every = _checks.positive_int("every", every)
         self._file: TextIO | None = None
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyro.util
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
@@ -24,7 +23,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyrobirds._rng import forked_rng
+from pyrobirds._rng import Generators, forked_rng, generators, set_generators
 
 Fn = Callable[..., Any]
 
@@ -166,12 +165,12 @@ def rng_state() -> dict[str, Any]:
         >>> bool(torch.rand(()) == first)
         True
     """
-    state = pyro.util.get_rng_state()
-    version, numbers, gauss = state["random"]
-    name, keys, *position = state["numpy"]
+    host, cuda = generators()
+    version, numbers, gauss = host["random"]
+    name, keys, *position = host["numpy"]
     return {
-        "torch": state["torch"],
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "torch": host["torch"],
+        "cuda": cuda,
         "python": (version, torch.tensor(numbers), gauss),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *position),
     }
@@ -182,9 +181,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     version, numbers, gauss = state["python"]
     name, keys, *position = state["numpy"]
     python, numpy = (version, tuple(numbers.tolist()), gauss), (name, keys.numpy().astype(np.uint32), *position)
-    pyro.util.set_rng_state({"torch": state["torch"], "random": python, "numpy": numpy})
-    for device, of_device in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
-        torch.cuda.set_rng_state(of_device, device)
+    set_generators(Generators({"torch": state["torch"], "random": python, "numpy": numpy}, state["cuda"]))
 
 
 def optimiser_state(optim: PyroOptim, params: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -196,14 +196,17 @@ class GeneralizedELBO(ELBO):
     def differentiable_loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> Tensor:
         """Estimate the objective by a scalar whose gradient estimates the objective's gradient.
 
-        It waits for nothing, so that nothing is said of failed runs but their number in ``terms.num_failed``; where all
-        runs of a site failed and there is no penalty, the value is NaN and the loss has no gradient.
+        With Pyro's validation off it waits for nothing, so that nothing is said of failed runs but their number in
+        ``terms.num_failed``; where all runs of a site failed and there is no penalty, the value is NaN and the loss has
+        no gradient. Runs whose gradient is not finite are not known of yet, and not counted.
         """
         evaluations, failed = self._evaluate(model, guide, args, kwargs)
         self.step += torch.is_grad_enabled()
         terms = self._record(evaluations, failed)
         surrogate = _total([evaluation.surrogate for evaluation in evaluations])
         if is_validation_enabled():
+            if failed:
+                self._watch.look(failed, any_failed=terms.num_failed.item() > 0)
             warn_if_nan(surrogate, "loss")
         return terms.total + (surrogate - surrogate.detach())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -148,7 +149,7 @@ class Watch:
             self._count(one, share, text)
             if (one.name, one.in_backward) not in self._warned:
                 self._warned.add((one.name, one.in_backward))
-                warnings.warn(f"{text}. {self._consequence(one)} This is said once", stacklevel=4)
+                warnings.warn(f"{text}. {self._consequence(one)} This is said once", stacklevel=_users_level())
 
     def _count(self, one: Failed, share: float, text: str) -> None:
         times = self._above_limit[one.name] = self._above_limit.get(one.name, 0) + 1 if share > self.limit else 0
@@ -175,6 +176,14 @@ class Watch:
         if self.policy == "penalize":
             return "They have the loss `penalty`."
         return "They are dropped: the loss is averaged over the others."
+
+
+def _users_level() -> int:
+    """How far up the stack the user's code is, outside of this package, Pyro and torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("pyrobirds", "pyro", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _examples(failed: Failed) -> str:

@@ -28,7 +28,7 @@ class StopReason(Enum):
     DIVERGED = "diverged"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class FitResult:
     """What a fit did.
 
@@ -41,10 +41,13 @@ class FitResult:
         advice: what happened and what to do about it, if the fit diverged; else empty.
         states: the unconstrained parameters by name in three states. ``"averaged"``: the mean over ``window``;
             ``"best"``: where the smoothed total was lowest; ``"last"``: after the last step.
-        state: the name of the state that model and guide are in.
-        window: the steps ``(first, last)`` that were averaged over.
+        state: the name of the state that this result left model and guide in.
+        window: the steps ``(first, last)`` that were averaged over. It is the last step alone if ``w`` changed to the
+            end.
         stationary: whether the window is one in which the parameters were found to be stationary; else it is the last
-            half of the steps.
+            half of the steps since ``w`` was constant.
+        standard_errors: of the averaged parameters, by name, in their unconstrained space; None unless they were
+            stationary over at least ten blocks of steps.
         best: the lowest smoothed total; NaN after less than 25 steps.
         w: the weight of the divergence at the last step; None with another ELBO.
         seed: what ``fit`` was given.
@@ -58,6 +61,7 @@ class FitResult:
     state: StateName
     window: tuple[int, int]
     stationary: bool
+    standard_errors: Mapping[str, Tensor] | None
     best: float
     w: float | None
     seed: int | None
@@ -74,10 +78,16 @@ class FitResult:
 
         Raises:
             ValueError: there is no such state.
-            RuntimeError: parameters that belong to no module have left Pyro's parameter store since.
+            RuntimeError: parameters that belong to no module have left Pyro's parameter store since; or the result is
+                a copy, or was unpickled, and knows of no guide.
         """
         if state not in self.states:
             raise ValueError(f"state must be one of {[*self.states]}, got {state!r}")
+        if self._tensors.keys() != self.states[state].keys():
+            raise RuntimeError(
+                "this result is a copy and belongs to no guide: call load() of the one that fit() returned, or take "
+                "the values from result.states"
+            )
         stored = {id(tensor) for _, tensor in pyro.get_param_store().named_parameters()}
         gone = [
             name
@@ -92,9 +102,13 @@ class FitResult:
         trained.load(self._tensors, self.states[state])
         object.__setattr__(self, "state", state)
 
+    def __getstate__(self) -> dict[str, object]:
+        # Copies of the parameters would not be those of the guide.
+        return {**self.__dict__, "_tensors": {}}
+
     def __str__(self) -> str:
-        kind = "stationary" if self.stationary else "the last half"
         first, last = self.window
+        kind = "stationary" if self.stationary else "the last half" if first < last else "w was not constant before"
         lines = [
             f"{self.num_steps:,} steps in {self.seconds:.1f} s: {self.stop_reason.value}",
             *([self.advice] if self.advice else []),

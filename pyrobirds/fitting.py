@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from pyro.infer import SVI
@@ -68,15 +68,16 @@ def fit(
             never stopped. With larger ``num_steps`` a finished fit goes on.
         checkpoint_interval: how many seconds to let pass, at least, between two savings; the last step is always saved.
         callbacks: called with a :class:`~pyrobirds.callbacks.Step` after each step; see :mod:`pyrobirds.callbacks`. One
-            that has a method ``close`` is closed when the fit ends.
+            that has a method ``close`` is closed when the fit ends. What they draw at random does not change the fit.
         progress: show a bar with the terms of the last step, ``best`` (lowest smoothed total) and ``stall`` (steps
             since); without a terminal or notebook, a line every half minute and at the end.
         model_kwargs: keyword arguments of model and guide.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range, or the checkpoint is of another fit.
-        RuntimeError: runs fail, and ``on_failure`` of the :class:`~pyrobirds.GeneralizedELBO` makes that an error; or
-            the total of another ELBO is not finite.
+        OSError: the checkpoint cannot be written.
+        RuntimeError: runs fail, and ``on_failure`` of the :class:`~pyrobirds.GeneralizedELBO` makes that an error; the
+            total of another ELBO is not finite; the divergence is not finite in the warm start.
 
     Warns:
         UserWarning: the fit diverged; it ends with this reason.
@@ -104,6 +105,8 @@ def fit(
     max_grad_norm = None if max_grad_norm is None else _checks.positive("max_grad_norm", max_grad_norm)
     seed = None if seed is None else _checks.seed("seed", seed)
     checkpoint_interval = _checks.non_negative("checkpoint_interval", checkpoint_interval)
+    if callable(callbacks) or not isinstance(callbacks, Iterable):
+        raise TypeError(f"callbacks must be several callables, as in callbacks=(a, b) or (a,), got {callbacks!r}")
     callbacks = [*callbacks]
     for callback in callbacks:
         if not callable(callback):
@@ -112,7 +115,7 @@ def fit(
         raise TypeError(f"model_kwargs must be a dict of keyword arguments, got {model_kwargs!r}")
     file = None if checkpoint is None else checkpoints.CheckpointFile(checkpoint)
     settings = {"seed": seed, "warm_start": warm_start, "max_grad_norm": max_grad_norm}
-    with nullcontext() if seed is None else forked_rng(seed):
+    with _closing(callbacks), nullcontext() if seed is None else forked_rng(seed):
         run = TrainingRun(svi, args, {**(model_kwargs or {})}, num_steps, max_grad_norm)
         saving = None if file is None else Saving(run, file, settings, checkpoint_interval)
         if not (saving and saving.resume()):
@@ -126,11 +129,23 @@ def fit(
             raise
         finally:
             bar.close()
-            for callback in callbacks:
-                getattr(callback, "close", lambda: None)()
+    result = run.result(reason, seed)
     if reason is StopReason.DIVERGED:
-        warnings.warn(f"the fit diverged at step {run.num_taken}: {run.advice()}", stacklevel=2)
-    return run.result(reason, seed)
+        warnings.warn(f"the fit diverged at step {result.num_steps}: {result.advice}", stacklevel=2)
+    return result
+
+
+@contextmanager
+def _closing(callbacks: list[Callable[[Step], object]]) -> Iterator[None]:
+    """Close callbacks when the block ends, however it ends; that one cannot be closed loses neither fit nor error."""
+    try:
+        yield
+    finally:
+        for callback in callbacks:
+            try:
+                getattr(callback, "close", lambda: None)()
+            except Exception as error:
+                warnings.warn(f"{callback!r} could not be closed: {type(error).__name__}: {error}", stacklevel=4)
 
 
 def _take_steps(
@@ -147,8 +162,9 @@ def _take_steps(
                 if (step := run.step()) is None:
                     continue
                 bar.update(step, run.descent.best, run.descent.stall)
-                for callback in callbacks:
-                    callback(step)
+                with forked_rng() if callbacks else nullcontext():  # what they draw does not change the fit
+                    for callback in callbacks:
+                        callback(step)
                 if saving:
                     saving.write_if_due()
             if saving and run.num_taken:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from contextlib import suppress
 
 from tqdm.auto import tqdm
 
@@ -23,9 +25,15 @@ class Progress:
         self._text = ""
 
     def update(self, step: Step, best: float, stall: int) -> None:
-        """Show a step."""
+        """Show a step, as long as there is something to show it on."""
+        try:
+            self._update(step, best, stall)
+        except OSError:  # such as that of a pipe which nobody reads any more
+            self._show = False
+
+    def _update(self, step: Step, best: float, stall: int) -> None:
         terms = {"loss": step.loss, "reg": step.divergence, "total": step.total, "best": best}
-        shown = {name: f"{value:.2f}" for name, value in terms.items() if value == value and abs(value) != float("inf")}
+        shown = {name: f"{value:.5g}" for name, value in terms.items() if math.isfinite(value)}
         shown["stall"] = str(stall)
         if step.num_failed:
             shown["failed"] = str(step.num_failed)
@@ -40,15 +48,16 @@ class Progress:
 
     def close(self) -> None:
         """Show the last step, if it was not shown yet."""
-        self._bar.close()
-        self._print()
+        with suppress(OSError):
+            self._bar.close()
+            self._print()
 
     def _print(self) -> None:
-        if self._text:
+        if self._text and sys.stderr is not None:
             print(self._text, file=sys.stderr, flush=True)
         self._text, self._last_line = "", time.monotonic()
 
 
 def _has_bar() -> bool:
     in_notebook = type(sys.stderr).__module__.startswith("ipykernel")
-    return in_notebook or sys.stderr.isatty()
+    return in_notebook or getattr(sys.stderr, "isatty", lambda: False)()

@@ -75,11 +75,7 @@ class Saving:
                 "parameters": {name: tensor.detach() for name, tensor in run.parameters.tensors.items()},
                 "buffers": self._buffers(),
                 "optimiser": checkpoints.optimiser_state(run.svi.optim, run.parameters.tensors),
-                "objective": {
-                    name: getattr(run.objective, name)
-                    for name in ("step", "max_plate_nesting")
-                    if hasattr(run.objective, name)
-                },
+                "objective": {name: getattr(run.objective, name) for name in _COUNTERS if hasattr(run.objective, name)},
                 "history": {name: torch.tensor(column, dtype=torch.float64) for name, column in run.columns.items()},
                 "best": run.best,
                 "first": run.first,

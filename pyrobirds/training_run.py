@@ -27,8 +27,17 @@ from pyrobirds.fit_result import FitResult, StateName, StopReason
 from pyrobirds.trained import TrainedParameters
 
 _CHECK_EVERY = 20  # steps between looks at what is costly to look at
+_LONG_NAMES = {
+    "loss": "expected loss",
+    "divergence": "w times the divergence from the prior",
+    "total": "objective",
+    "smoothed": "objective, median of 25 steps",
+    "w": "weight of the divergence",
+    "grad_norm": "norm of the gradient",
+    "num_failed": "runs that failed",
+}
 _HUGE = 1e8  # times what a parameter was
-_ADVICE = "Try a lower learning rate, max_grad_norm, more particles or a warm_start; the guide is in its best state"
+_ADVICE = "Try a lower learning rate, max_grad_norm, more particles or a warm_start"
 
 
 class TrainingRun:
@@ -239,24 +248,31 @@ class TrainingRun:
         cut_short = reason in (StopReason.INTERRUPTED, StopReason.DIVERGED)
         state = self.leave_in(self.state_when_cut_short() if cut_short else "averaged")
         first, last = (self.judged_from + i for i in self.average.window()) if self.judged else (self.num_taken,) * 2
-        steps = np.arange(1, self.num_taken + 1)
-        history = xr.Dataset(
-            {name: ("step", np.array(column)) for name, column in self.columns.items()}, coords={"step": steps}
-        )
+        errors = self.average.standard_error() if self.judged else None
         return FitResult(
-            history=history,
+            history=self._history(),
             stop_reason=reason,
             advice=self.advice(),
             states={name: self.parameters.by_name(flat) for name, flat in self.states().items()},
             state=state,
             window=(first + 1, last),
             stationary=self.average.stationary_since is not None,
+            standard_errors=None if errors is None else self.parameters.by_name(errors),
             best=self.descent.best if math.isfinite(self.descent.best) else math.nan,
             w=self.columns["w"][-1] if self.elbo else None,
             seed=seed,
             seconds=self.seconds,
             _tensors={**self.parameters.tensors},
         )
+
+    def _history(self) -> xr.Dataset:
+        variables = {}
+        for name, column in self.columns.items():
+            values = np.array(column)
+            values = values.astype(int) if name == "num_failed" else values
+            variables[name] = ("step", values, {"long_name": _LONG_NAMES[name]})
+        steps = ("step", np.arange(1, self.num_taken + 1), {"long_name": "optimisation step"})
+        return xr.Dataset(variables, coords={"step": steps})
 
 
 def _number(total: Any) -> float:

@@ -453,11 +453,22 @@ def test_all_failed_is_an_error_that_leaves_no_gradient() -> None:
 
 def test_all_failed_without_a_look_at_it_is_nan() -> None:
     elbo = GeneralizedELBO(W, max_plate_nesting=0)
-    total = elbo.differentiable_loss(model_of(Simulator(all_fail, loss=losses.mse)), guide, ONE)
+    with pyro.validation_enabled(False):
+        total = elbo.differentiable_loss(model_of(Simulator(all_fail, loss=losses.mse)), guide, ONE)
     assert total.isnan()
     assert elbo.terms.num_failed == 10
     total.backward()
     assert all(gradient.isfinite() for gradient in gradients().values())  # the divergence's
+
+
+@pytest.mark.parametrize(
+    ("policy", "match"), [("drop", "nothing to average over"), ("raise", "pass on_failure='drop'")]
+)
+def test_the_torch_module_says_so_too(policy: Any, match: str) -> None:
+    model = model_of(Simulator(all_fail, loss=losses.mse))
+    objective = GeneralizedELBO(W, on_failure=policy)(model, AutoNormal(model))
+    with pytest.raises(RuntimeError, match=match):
+        objective(ONE)
 
 
 def test_the_limit() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -159,6 +162,16 @@ def test_a_guide_that_is_a_module_survives_a_cleared_store() -> None:
     assert torch.equal(svi.guide.locs.theta, result.states["last"]["AutoNormal.locs.theta"])
 
 
+def test_copies_hold_the_values_and_belong_to_no_guide() -> None:
+    result = fit(make(GeneralizedELBO()), torch.tensor(0.0), num_steps=3, progress=False)
+    for other in (copy.deepcopy(result), pickle.loads(pickle.dumps(result))):
+        assert other.history.identical(result.history)
+        assert all(torch.equal(value, other.states["last"][name]) for name, value in result.states["last"].items())
+        with pytest.raises(RuntimeError, match=r"this result is a copy and belongs to no guide"):
+            other.load("last")
+    assert len({result, copy.copy(result)}) == 2
+
+
 def test_parameters_that_come_later_are_fitted_and_averaged() -> None:
     calls = 0
 
@@ -213,6 +226,7 @@ def test_tolerance() -> None:
     assert result.stationary
     assert 200 < result.num_steps < 5000
     assert "stationary" in str(result)
+    assert all(float(error) < 0.01 for error in result.standard_errors.values())
     # Conjugate: the posterior is Normal(1/2, 1/2).
     assert result.states["averaged"]["AutoNormal.locs.theta"].item() == pytest.approx(0.5, abs=0.04)
     pyro.clear_param_store()
@@ -558,9 +572,9 @@ def test_bar_shows_what_the_tutorial_prints(
     svi = SVI(models.random_walk, AutoNormal(models.random_walk), Adam({"lr": 0.05}), GeneralizedELBO(w=10))
     result = fit(svi, y, num_steps=30, model_kwargs={"n_timesteps": 10})
     bar = capsys.readouterr().err
-    last = {name: f"{float(result.history[name][-1]):.2f}" for name in ("loss", "divergence", "total")}
+    last = {name: f"{float(result.history[name][-1]):.5g}" for name in ("loss", "divergence", "total")}
     assert (
-        f"loss={last['loss']}, reg={last['divergence']}, total={last['total']}, best={result.best:.2f}, stall=" in bar
+        f"loss={last['loss']}, reg={last['divergence']}, total={last['total']}, best={result.best:.5g}, stall=" in bar
     )
     assert "30/30" in bar
     fit(svi, y, num_steps=1, progress=False, model_kwargs={"n_timesteps": 10})
@@ -592,6 +606,65 @@ class Watching:
         self.closed += 1
 
 
+class Unclosable(Watching):
+    def close(self) -> None:
+        raise OSError("disk full")
+
+
+def test_a_callback_that_cannot_be_closed_loses_nothing() -> None:
+    first, last = Watching(), Watching()
+    with pytest.warns(UserWarning, match=r"Unclosable object at .* could not be closed: OSError: disk full"):
+        result = fit(
+            make(GeneralizedELBO()),
+            torch.tensor(0.0),
+            num_steps=3,
+            progress=False,
+            callbacks=(first, Unclosable(), last),
+        )
+    assert result.num_steps == 3
+    assert (first.closed, last.closed) == (1, 1)
+
+
+def test_callbacks_are_closed_if_the_fit_cannot_begin(tmp_path: Path) -> None:
+    watching = Watching()
+    fit(make(GeneralizedELBO()), torch.tensor(0.0), num_steps=1, progress=False, checkpoint=tmp_path / "fit.pt")
+    with pytest.raises(ValueError, match="checkpoint of another fit"):
+        fit(
+            make(GeneralizedELBO(2)),
+            torch.tensor(0.0),
+            num_steps=1,
+            progress=False,
+            checkpoint=tmp_path / "fit.pt",
+            callbacks=[watching],
+        )
+    assert watching.closed == 1
+
+
+def test_what_callbacks_draw_does_not_change_the_fit() -> None:
+    def draw(step: Step) -> None:
+        torch.randn(3)
+        np.random.random()  # noqa: NPY002
+
+    plain = fit(make(GeneralizedELBO()), torch.tensor(0.0), num_steps=5, seed=1, progress=False)
+    pyro.clear_param_store()
+    watched = fit(make(GeneralizedELBO()), torch.tensor(0.0), num_steps=5, seed=1, progress=False, callbacks=[draw])
+    assert watched.history.equals(plain.history)
+
+
+@pytest.mark.parametrize("stream", [None, "no terminal", "broken"])
+def test_whatever_stderr_is_a_fit_goes_on(stream: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def write(self, text: str) -> None:
+            if stream == "broken":
+                raise BrokenPipeError
+
+        def flush(self) -> None: ...
+
+    monkeypatch.setattr("pyrobirds.progress._SECONDS", 0.0)
+    monkeypatch.setattr(sys, "stderr", None if stream is None else Broken())
+    assert fit(make(GeneralizedELBO(max_plate_nesting=0)), torch.tensor(0.0), num_steps=3).num_steps == 3
+
+
 def test_callbacks_see_every_step_and_are_closed() -> None:
     watching = Watching()
     result = fit(make(GeneralizedELBO()), torch.tensor(0.0), num_steps=30, progress=False, callbacks=[watching])
@@ -620,6 +693,12 @@ def test_callbacks_see_every_step_and_are_closed() -> None:
         ({"checkpoint": 3}, TypeError, "checkpoint must be the path of a file, got 3"),
         ({"checkpoint_interval": -1}, ValueError, "checkpoint_interval must be a finite number of at least 0"),
         ({"callbacks": [3]}, TypeError, "callbacks must be callables that take a Step, got 3"),
+        (
+            {"callbacks": print},
+            TypeError,
+            r"callbacks must be several callables, as in callbacks=\(a, b\) or \(a,\), got",
+        ),
+        ({"callbacks": None}, TypeError, r"callbacks must be several callables, .* got None"),
         ({"model_kwargs": 3}, TypeError, "model_kwargs must be a dict of keyword arguments, got 3"),
     ],
 )

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pyrobirds._rng import forked_rng
+from pyrobirds._rng import forked_rng, generators, set_generators
 
 
 @dataclass
@@ -51,7 +50,7 @@ class Unbatched:
         reason = None
         if not self._loops:
             # The loop draws what it would draw had vmap not been tried, so that a fit can be resumed.
-            generators = _generators()
+            states = generators()
             try:
                 result = _vmap(one, batch)
                 if not self._checked and len(batch[0]) > 1:
@@ -63,7 +62,7 @@ class Unbatched:
             else:
                 if reason is None:
                     return result, None
-            _set_generators(generators)
+            set_generators(states)
         draws, raised = _loop(one, batch)
         if reason is not None and raised is None:
             self._loops = True
@@ -103,15 +102,6 @@ def _nan_like(x: Any) -> Any:
     if not isinstance(x, Tensor):
         return x
     return torch.full_like(x, torch.nan, dtype=None if x.is_floating_point() else torch.get_default_dtype())
-
-
-def _generators() -> tuple[Any, list[Tensor]]:
-    return get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-
-def _set_generators(state: tuple[Any, list[Tensor]]) -> None:
-    set_rng_state(state[0])
-    torch.cuda.set_rng_state_all(state[1])
 
 
 def _draws_outside_torch(one: Callable[..., Any], batch: list[Tensor]) -> bool:
