@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyrobirds._rng import Generators, forked_rng, generators, set_generators
+from pyrobirds.traces import can_fail
 
 Fn = Callable[..., Any]
 
@@ -309,7 +310,15 @@ def fingerprint(model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: Mapping[str
             description[f"site {name!r}"] = _describe(site)
             if _is_fixed(site, prior_is_fixed):
                 kind = "data" if site["is_observed"] else "prior"
-                description[f"{kind} of site {name!r}"] = _summary(site["value"])
+                description[f"{kind} of site {name!r}"] = summary(site["value"])
+                if site["is_observed"] and prior_is_fixed and not can_fail(site):
+                    with suppress(ValueError):  # of data that the likelihood does not take, as scoring will say
+                        description[f"likelihood at site {name!r}"] = summary(site["fn"].log_prob(site["value"]))
+    for name, value in {**{f"argument {i}": arg for i, arg in enumerate(args)}, **kwargs}.items():
+        if isinstance(value, Tensor):
+            description[name] = summary(value)
+        elif isinstance(value, bool | int | float | str):
+            description[name] = value
     for trace in (model_trace, guide_trace):
         for name in trace.param_nodes:
             value: Any = trace.nodes[name]["value"]
@@ -365,14 +374,17 @@ def _kind_of_distribution(fn: Any) -> str:
     return getattr(fn, "made_of", type(fn).__name__)
 
 
-def _summary(value: Tensor) -> dict[str, Any]:
+def summary(value: Tensor) -> dict[str, Any]:
+    """What tells a tensor from another, but for rounding."""
     value = value.detach().cpu().double()
     finite = value[value.isfinite()]
+    size = finite.square().mean().sqrt().item()
     return {
         "shape": str(tuple(value.shape)),
         "number of NaN": int(value.isnan().sum()),
         # Side by side, for a mean near zero is known only up to the rounding of its terms.
-        "mean and root mean square": [finite.mean().item(), finite.square().mean().sqrt().item()],
+        "mean and root mean square": [finite.mean().item(), size],
+        "mean weighted by position": [(finite * torch.arange(len(finite)).cos()).mean().item(), size],
     }
 
 

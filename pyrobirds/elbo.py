@@ -230,8 +230,8 @@ class GeneralizedELBO(ELBO):
         divergence = _total([evaluation.divergence.detach() for evaluation in evaluations])
         counts = [one.runs.sum() for one in failed]
         for one, count in zip(failed, counts, strict=True):
-            if self.penalty is None and not one.in_backward:
-                loss = loss.masked_fill(count == one.runs.numel(), math.nan)  # there is nothing to average over
+            if self.penalty is None and not one.in_backward and one.runs.numel():
+                loss = loss.masked_fill(count == one.num_asked(), math.nan)  # there is nothing to average over
         num_failed = _total(counts) if counts else torch.zeros((), dtype=torch.long)
         self.terms = Terms(loss, divergence, loss + divergence, num_failed)
         return self.terms
@@ -305,7 +305,9 @@ class GeneralizedELBO(ELBO):
     ) -> _Run:
         """Draw and score, but for the simulators' failures, which are for all particles of a pass together."""
         particles = _particles(batch, self.max_plate_nesting)
-        pair, rerun = (particles(model), particles(guide)), None
+        pair, rerun, known = (particles(model), particles(guide)), None, Dependence()
+        if self.divergence.analytic:  # before drawing, for transforms may remember their last draw alone
+            known = self._dependence(model, guide, args, kwargs)
         if self.on_failure == "penalize" and used_for.loss and torch.is_grad_enabled():
             (model_trace, guide_trace), rerun = traces.run_and_rerun(
                 *pair, args, kwargs, max_plate_nesting=self.max_plate_nesting
@@ -315,8 +317,7 @@ class GeneralizedELBO(ELBO):
         if self._check_shapes and batch > 1 and is_validation_enabled():
             traces.check_shapes(model, guide, args, kwargs)
             self._check_shapes = False
-        known = Dependence()
-        if self.divergence.analytic or not traces.is_reparameterised(guide_trace):
+        if not (self.divergence.analytic or traces.is_reparameterised(guide_trace)):
             known = self._dependence(model, guide, args, kwargs)
         model_sites, guide_sites = traces.sample_sites(model_trace), traces.sample_sites(guide_trace)
         closed: dict[str, Names] = {}
@@ -336,7 +337,7 @@ class GeneralizedELBO(ELBO):
         guide_trace.compute_score_parts()
         if is_validation_enabled():
             check_if_enumerated(guide_trace)
-        fixed = [] if rerun is None else scoring.scores_at_fixed_draws(rerun[1], guide_sites)
+        fixed = [] if rerun is None else scoring.scores_at_fixed_draws(rerun[1])
         params = traces.params(guide_trace) + traces.params(model_trace)
         return _Run(model_sites, guide_sites, observed, closed, scoring.scores(guide_sites), fixed, known, params)
 
@@ -346,10 +347,13 @@ class GeneralizedELBO(ELBO):
         names = {name: None for run in runs for name, site in run.observed.items() if traces.can_fail(site)}
         for name in names:
             having = [run for run in runs if name in run.observed]
-            sites = [run.observed[name] for run in having]
-            as_cost = any(run.scores or run.scores_at_fixed_draws for run in having)
-            failed = failures.fill(sites, self.penalty, num_plates=num_plates, as_cost=as_cost)
-            found.append(Failed(name, failed, sites, [run.model_sites for run in having], num_plates))
+            shapes = {run.observed[name]["unscaled_log_prob"].shape for run in having}
+            # Of plates whose size depends on what was drawn no two elements belong together.
+            for together in [having] if len(shapes) == 1 else [[run] for run in having]:
+                sites = [run.observed[name] for run in together]
+                as_cost = any(run.scores or run.scores_at_fixed_draws for run in together)
+                failed, asked = failures.fill(sites, self.penalty, num_plates=num_plates, as_cost=as_cost)
+                found.append(Failed(name, failed, asked, sites, [run.model_sites for run in together], num_plates))
         return found
 
     def _combine(self, used_for: _Pass, w: float, run: _Run) -> _Evaluation:
@@ -368,8 +372,13 @@ class GeneralizedELBO(ELBO):
         log_p = _total([site["log_prob_sum"] for site in latent])
         divergence = (log_q - log_p) * (w * share)
         surrogate = loss + divergence
+        penalised = {name for name in observed if run.scores_at_fixed_draws and traces.can_fail(observed[name])}
         if run.scores:
-            costs = [Cost(site["cond_indep_stack"], _cost(site), None) for site in observed.values()]
+            costs = [
+                Cost(site["cond_indep_stack"], _cost(site), None)
+                for name, site in observed.items()
+                if name not in penalised
+            ]
             costs += [
                 Cost(site["cond_indep_stack"], -w * site["log_prob"], run.closed.get(site["name"])) for site in latent
             ]
@@ -380,11 +389,10 @@ class GeneralizedELBO(ELBO):
                     depends_on = run.known.guide[name] | {name}  # an auxiliary site
                 costs.append(Cost(site["cond_indep_stack"], w * site["log_prob"], depends_on))
             surrogate = surrogate + share * scoring.score_function_term(costs, run.scores)
-        if run.scores_at_fixed_draws:
+        if penalised:
             costs = [
-                Cost(site["cond_indep_stack"], site["cost"] - site["baseline"], None)
-                for site in observed.values()
-                if traces.can_fail(site)
+                Cost(observed[name]["cond_indep_stack"], observed[name]["cost"] - observed[name]["baseline"], None)
+                for name in penalised
             ]
             surrogate = surrogate + share * scoring.score_function_term(costs, run.scores_at_fixed_draws)
         return _Evaluation(loss=loss, divergence=divergence, surrogate=surrogate, params=run.params)

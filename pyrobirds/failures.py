@@ -25,10 +25,19 @@ class Failed(NamedTuple):
 
     name: str
     runs: Tensor  # bool, (particles, *plates): which of them failed
+    asked: Tensor | None  # the like: which of them count; None if none is masked out
     sites: Sequence[Any]  # the site in each trace
     models: Sequence[dict[str, Any]]  # the model's sites in each trace
     num_plates: float  # how many dimensions of a batch are not of the particles, at most
     in_backward: bool = False  # the loss was finite, its gradient was not
+
+    def num_asked(self) -> Tensor | int:
+        """How many runs count."""
+        return self.runs.numel() if self.asked is None else self.asked.sum()
+
+    def without_survivors(self) -> Tensor:
+        """The elements, ``(*plates)``, of which no run survived."""
+        return self.runs.all(0) if self.asked is None else (self.runs | ~self.asked).all(0) & self.asked.any(0)
 
 
 def in_backward(failed: Sequence[Failed]) -> list[Failed]:
@@ -37,12 +46,14 @@ def in_backward(failed: Sequence[Failed]) -> list[Failed]:
     for one in failed:
         noted = [(site, getattr(innermost(site["fn"]), "gradient_failed", None)) for site in one.sites]
         rows = [
-            _asked_for(site["mask"], gradient).reshape(-1, *one.runs.shape[1:])
+            # A site may reckon several runs to one event.
+            gradient.reshape(*site["unscaled_log_prob"].shape, -1).any(-1).reshape(-1, *one.runs.shape[1:])
             for site, gradient in noted
             if gradient is not None
         ]
-        if rows:
-            found.append(one._replace(runs=torch.cat(rows), in_backward=True))
+        if len(rows) == len(noted):
+            runs = torch.cat(rows)
+            found.append(one._replace(runs=runs if one.asked is None else runs & one.asked, in_backward=True))
     return found
 
 
@@ -55,13 +66,17 @@ def score(trace: Trace, site: Any) -> None:
         raise ValueError(f"Error while computing log_prob at site '{site['name']}':\n{error}\n{shapes}") from error
 
 
-def fill(sites: Sequence[Any], penalty: float | None, *, num_plates: float, as_cost: bool) -> Tensor:
+def fill(
+    sites: Sequence[Any], penalty: float | None, *, num_plates: float, as_cost: bool
+) -> tuple[Tensor, Tensor | None]:
     r"""Score an observed site, with values for the elements of its log-probability that failed (NaN).
 
     Without a penalty, those that failed are left out, and each element averages over its own survivors: their
-    log-probability is scaled up by the share that survived. As a cost that a score function multiplies, a failed
-    element counts as its survivors' mean, so that failing is neither sought nor shunned. An element without survivors
-    is left out of the sum. With a penalty, failed elements have this loss.
+    log-probability is scaled up by the share that survived. As a cost that a score function multiplies, a failed run
+    counts as its element's survivors' mean, so that failing is neither sought nor shunned. An element without survivors
+    counts as the mean of all survivors of the site. With a penalty, failed runs have this loss.
+
+    Elements belong together by their place, also where particles that are drawn one after another subsample a plate.
 
     Args:
         sites: the site in each trace, with its ``unscaled_log_prob``; there are several where particles are drawn one
@@ -71,36 +86,50 @@ def fill(sites: Sequence[Any], penalty: float | None, *, num_plates: float, as_c
         as_cost: whether to add ``cost``, which has no gradient, and ``baseline``, the mean cost of the other particles.
 
     Returns:
-        Which runs failed, ``(particles, *plates)``, all traces together.
+        Which runs failed, and which count (None if none is masked out), ``(particles, *plates)``, all traces together.
     """
     log_probs = [site["unscaled_log_prob"] for site in sites]
     by_particle = [own if own.dim() > num_plates else own.unsqueeze(0) for own in log_probs]
-    failed = [_asked_for(site["mask"], own.isnan()) for site, own in zip(sites, by_particle, strict=True)]
-    together = torch.cat(failed) if len(failed) > 1 else failed[0]
-    num_alive = len(together) - together.sum(0)
+    own = torch.cat(by_particle).detach() if len(sites) > 1 else by_particle[0].detach()
+    nan, asked = own.isnan(), None
+    if any(site["mask"] is not None for site in sites):
+        asked = torch.cat([_expanded(site["mask"], like) for site, like in zip(sites, by_particle, strict=True)])
+    failed = nan if asked is None else nan & asked
+    num_asked = len(own) if asked is None else asked.sum(0)
+    num_alive = num_asked - failed.sum(0)
     if penalty is None:
-        factor = len(together) / num_alive.clamp(min=1)
-        values = [own.nan_to_num(0.0) * factor for own in by_particle]
+        alive = own.nan_to_num(0.0) if asked is None else torch.where(failed | ~asked, 0.0, own)
+        sums = alive.sum(0)
+        filling: Any = torch.where(
+            num_alive > 0, sums / num_alive.clamp(min=1), sums.sum() / num_alive.sum().clamp(min=1)
+        )
+        factor = (num_asked / num_alive.clamp(min=1)).to(own.dtype)
+        values = [torch.where(num_alive > 0, one.nan_to_num(0.0) * factor, filling) for one in by_particle]
     else:
-        values = [torch.where(bad, -penalty, own) for bad, own in zip(failed, by_particle, strict=True)]
-    for site, value, own in zip(sites, values, log_probs, strict=True):
-        site["log_prob"] = scale_and_mask(value.reshape(own.shape), site["scale"], site["mask"])
+        filling = -penalty
+        values = [torch.where(one.isnan(), -penalty, one) for one in by_particle]
+    for site, value in zip(sites, values, strict=True):
+        _set(site, "log_prob", value)
         site["log_prob_sum"] = site["log_prob"].sum()
     if as_cost:
-        alive = torch.where(together, 0.0, torch.cat(by_particle).detach())
-        filling = alive.sum(0) / num_alive.clamp(min=1) if penalty is None else -penalty
-        cost = -torch.where(together, filling, alive)
+        sizes = [len(one) for one in by_particle]
+        for site, value in zip(sites, torch.where(nan, filling, own).split(sizes), strict=True):
+            _set(site, "cost", -value)
+        # Of costs as they count: what is masked out may hang on a particle's own draw, on which its baseline must not.
+        cost = torch.cat([site["cost"].reshape(one.shape) for site, one in zip(sites, by_particle, strict=True)])
         baseline = (cost.sum(0) - cost) / (len(cost) - 1) if len(cost) > 1 else torch.zeros_like(cost)
-        sizes = [len(own) for own in by_particle]
-        for name, all_values in (("cost", cost), ("baseline", baseline)):
-            for site, value, own in zip(sites, all_values.split(sizes), log_probs, strict=True):
-                site[name] = scale_and_mask(value.reshape(own.shape), site["scale"], site["mask"])
-    return together
+        for site, value in zip(sites, baseline.split(sizes), strict=True):
+            site["baseline"] = value.reshape(site["cost"].shape)
+    return failed, asked
 
 
-def _asked_for(mask: Any, failed: Tensor) -> Tensor:
-    """The failures without those that are masked out."""
-    return failed if mask is None else failed & mask
+def _set(site: Any, name: str, value: Tensor) -> None:
+    """Set a value of a site in the shape of its log-probability, scaled and masked."""
+    site[name] = scale_and_mask(value.reshape(site["unscaled_log_prob"].shape), site["scale"], site["mask"])
+
+
+def _expanded(mask: Any, like: Tensor) -> Tensor:
+    return torch.as_tensor(True if mask is None else mask, device=like.device).expand(like.shape)
 
 
 class Watch:
@@ -115,8 +144,9 @@ class Watch:
         self.policy = policy
         self.limit = limit
         self._warned: set[tuple[str, bool]] = set()
-        self._above_limit: dict[str, int] = {}  # by site: for how many evaluations in a row
-        self._extinct: dict[str, Tensor] = {}  # by site, (*plates): for how many in a row no particle survived
+        # By name of a site and whether the failure is one in backward:
+        self._above_limit: dict[tuple[str, bool], int] = {}  # for how many evaluations in a row
+        self._extinct: dict[tuple[str, bool], Tensor] = {}  # (*plates): for how many in a row no run survived
 
     def look(self, found: Sequence[Failed], any_failed: bool) -> None:
         """Warn of the failures of an evaluation, or raise.
@@ -131,14 +161,12 @@ class Watch:
         """
         failing = [one for one in found if any_failed and bool(one.runs.any())]
         for streaks in (self._above_limit, self._extinct):
-            for name in streaks.keys() - {one.name for one in failing}:
-                del streaks[name]
+            for key in streaks.keys() - {(one.name, one.in_backward) for one in failing}:
+                del streaks[key]
         for one in failing:
-            share = float(one.runs.double().mean())
-            text = (
-                f"{'the gradient of ' if one.in_backward else ''}{int(one.runs.sum())} of {one.runs.numel()} runs at "
-                f"site {one.name!r} {'is not finite' if one.in_backward else 'failed'} ({share:.0%}), {_examples(one)}"
-            )
+            num_asked = int(one.num_asked())
+            share = int(one.runs.sum()) / num_asked
+            text = _what_failed(one, int(one.runs.sum()), num_asked)
             if self.policy == "raise":
                 raise RuntimeError(f"{text}. To go on without failed runs, pass on_failure='drop' or 'penalize'")
             if share == 1 and self.policy == "drop":
@@ -152,17 +180,18 @@ class Watch:
                 warnings.warn(f"{text}. {self._consequence(one)} This is said once", stacklevel=_users_level())
 
     def _count(self, one: Failed, share: float, text: str) -> None:
-        times = self._above_limit[one.name] = self._above_limit.get(one.name, 0) + 1 if share > self.limit else 0
+        key = one.name, one.in_backward
+        times = self._above_limit[key] = self._above_limit.get(key, 0) + 1 if share > self.limit else 0
         if times >= _IN_A_ROW:
             raise RuntimeError(
                 f"{text}, and the share was above max_failed={self.limit:.0%} in {times} evaluations in a row. Start "
                 "the guide where the simulator can run, take a narrower prior, mend the simulator, or raise max_failed"
             )
-        extinct = one.runs.all(0).long()
-        before = self._extinct.get(one.name)
+        extinct = one.without_survivors().long()
+        before = self._extinct.get(key)
         if before is not None and before.shape == extinct.shape:
             extinct = (before + 1) * extinct
-        self._extinct[one.name] = extinct
+        self._extinct[key] = extinct
         if self.policy == "drop" and bool((extinct >= _IN_A_ROW).any()):
             where = tuple(int(i) for i in (extinct >= _IN_A_ROW).nonzero()[0])
             raise RuntimeError(
@@ -184,6 +213,17 @@ def _users_level() -> int:
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("pyrobirds", "pyro", "torch"):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def _what_failed(failed: Failed, num_failed: int, num_asked: int) -> str:
+    share = f"{num_failed} of {num_asked} runs at site {failed.name!r}"
+    what = f"the gradient of {share} is not finite" if failed.in_backward else f"{share} failed"
+    return f"{what} ({num_failed / num_asked:.0%}), {_examples(failed)}{_cause(failed)}"
+
+
+def _cause(failed: Failed) -> str:
+    cause = getattr(innermost(failed.sites[-1]["fn"]), "cause", "")
+    return f", with {cause!r}" if cause and not failed.in_backward else ""
 
 
 def _examples(failed: Failed) -> str:

@@ -120,6 +120,7 @@ def fit(
         saving = None if file is None else Saving(run, file, settings, checkpoint_interval)
         if not (saving and saving.resume()):
             run.start_at_prior(warm_start)
+        run.prepare()
         bar = Progress(num_steps, run.num_taken, show=progress)
         try:
             reason = _take_steps(run, saving, patience, tolerance, callbacks, bar)
@@ -169,7 +170,7 @@ def _take_steps(
                     saving.write_if_due()
             if saving and run.num_taken:
                 saving.write()
-            return reason or StopReason.INTERRUPTED
+            return StopReason.INTERRUPTED if interrupt.requested or reason is None else reason
     except KeyboardInterrupt:  # in the middle of a step, whose random numbers are spent: the last saving stands
         if not run.num_taken:
             raise

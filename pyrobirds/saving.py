@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,31 +41,38 @@ class Saving:
         if not self._file.exists():
             return False
         run, state = self._run, self._file.read()
-        checkpoints.check_same(self._file.path, state["settings"], self._all_settings())
-        with poutine.trace(param_only=True) as capture, forked_rng(0), torch.no_grad():
+        # Model and guide make what they are made of from the generators as a fit finds them, here as in the first one.
+        with poutine.trace(param_only=True) as capture, self._unchanged_buffers():
             traces.run(run.svi.model, run.svi.guide, run.args, run.kwargs)
-        found = unconstrained(capture.trace)
-        parameters = state["parameters"]
+        found, parameters = unconstrained(capture.trace), state["parameters"]
+        checkpoints.check_same(self._file.path, state["settings"], self._all_settings())
+        if missing := sorted(parameters.keys() - found.keys()):
+            raise ValueError(
+                f"{self._file.path} has the parameters {missing}, which model and guide do not use when they are first "
+                "called: a fit with parameters that come later cannot be resumed. To start anew delete the file"
+            )
         run.parameters.take({name: found[name] for name in parameters})
         trained.load(run.parameters.tensors, parameters)
         trained.load(self._buffers(), state["buffers"])
+        checkpoints.check_same(self._file.path, state["draws"], self._draws())
         checkpoints.load_optimiser_state(run.svi.optim, run.parameters.tensors, state["optimiser"])
         for name, value in state["objective"].items():
             setattr(run.objective, name, value)
         for name, column in state["history"].items():
             run.columns[name].extend(column.tolist())
+        self._check_weights()
         run.last = run.parameters.flat()
         run.first, run.best = state["first"].to(run.last), state["best"]
         run.best = None if run.best is None else run.best.to(run.last)
         run.judged, run.judged_from = state["judged"], state["judged_from"]
         run.average.load_state_dict(state["average"])
-        for step in range(run.judged_from, run.judged_from + run.judged):
-            run.descent.add(run.columns["total"][step], run.columns["grad_norm"][step])
+        run.judge_again()
         run.seconds = state["seconds"]
         checkpoints.set_rng_state(state["rng"])  # the last, for making the parameters drew numbers
         return True
 
     def write_if_due(self) -> None:
+        self._all_settings()  # as of the first step: a run at parameters that have exploded might fail
         if time.monotonic() - self._saved_at >= self._interval:
             self.write()
 
@@ -74,6 +83,7 @@ class Saving:
                 "settings": self._all_settings(),
                 "parameters": {name: tensor.detach() for name, tensor in run.parameters.tensors.items()},
                 "buffers": self._buffers(),
+                "draws": self._draws(),
                 "optimiser": checkpoints.optimiser_state(run.svi.optim, run.parameters.tensors),
                 "objective": {name: getattr(run.objective, name) for name in _COUNTERS if hasattr(run.objective, name)},
                 "history": {name: torch.tensor(column, dtype=torch.float64) for name, column in run.columns.items()},
@@ -91,8 +101,42 @@ class Saving:
     def _all_settings(self) -> dict[str, Any]:
         if self._fingerprint is None:
             run = self._run
-            self._fingerprint = checkpoints.fingerprint(run.svi.model, run.svi.guide, run.args, run.kwargs)
+            with self._unchanged_buffers():
+                self._fingerprint = checkpoints.fingerprint(run.svi.model, run.svi.guide, run.args, run.kwargs)
         return {**self._fingerprint, **self._settings}
+
+    def _draws(self) -> dict[str, Any]:
+        """What the guide draws from one seed: another guide with parameters like these shows there."""
+        run = self._run
+        with self._unchanged_buffers(), poutine.block(), forked_rng(0), suppress(ValueError):
+            trace = poutine.trace(run.svi.guide).get_trace(*run.args, **run.kwargs)
+            return {
+                f"the guide's draw of {name!r} at these parameters": checkpoints.summary(site["value"])
+                for name, site in traces.sample_sites(trace).items()
+                if site["fn"].has_rsample  # rounding might make a discrete one another
+            }
+        return {}  # of a fit that diverged
+
+    def _check_weights(self) -> None:
+        """Raise if w of the steps taken is not what it was."""
+        run = self._run
+        if run.elbo is None:
+            return
+        offset = run.elbo.step - run.num_taken
+        for step, saved in enumerate(run.columns["w"]):
+            if (w := run.elbo.weight(offset + step)) != saved:
+                raise ValueError(
+                    f"{self._file.path} is a checkpoint of another fit:\n  objective, w of step {step + 1}: {saved:g} "
+                    f"in the file, {w:g} here\nTo start anew delete the file, or take another path."
+                )
+
+    @contextmanager
+    def _unchanged_buffers(self) -> Iterator[None]:
+        before = {name: buffer.clone() for name, buffer in self._buffers().items()}
+        try:
+            yield
+        finally:
+            trained.load(self._buffers(), before)
 
     def _buffers(self) -> dict[str, Tensor]:
         """What modules remember beside their parameters, such as the moments of a batch normalisation."""
@@ -106,15 +150,14 @@ class Saving:
 
 
 def _describe(objective: Any) -> dict[str, Any]:
-    """The settings of an objective that change what is fitted."""
-    described: dict[str, Any] = {"kind": type(objective).__name__}
-    for name in ("num_particles", "vectorize_particles", "on_failure", "penalty"):
-        described[name] = getattr(objective, name, None)
-    if isinstance(objective, GeneralizedELBO):
-        described["divergence"] = repr(objective.divergence)
-        steps = (0, 1, 10, 100, 1000, 10_000) if callable(objective.w) else (0,)
-        described["w"] = [objective.weight(step) for step in steps]
-    return described
+    """The settings of an objective; w is compared step by step."""
+    plain = {
+        name: value
+        for name, value in getattr(objective, "__dict__", {}).items()
+        if isinstance(value, bool | int | float | str) and not name.startswith("_") and name not in (*_COUNTERS, "w")
+    }
+    divergence = {"divergence": repr(objective.divergence)} if isinstance(objective, GeneralizedELBO) else {}
+    return {"kind": type(objective).__name__, **plain, **divergence}
 
 
 def _optimiser(optim: Any) -> dict[str, Any]:
@@ -133,4 +176,8 @@ def _plain(value: Any) -> str:
         return "{" + ", ".join(f"{key}: {_plain(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_plain, value)) + "]"
-    return getattr(value, "__qualname__", None) or repr(value) if callable(value) else repr(value)
+    if isinstance(value, partial):
+        return f"partial({', '.join(map(_plain, (value.func, value.args, value.keywords)))})"
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return repr(value)

@@ -90,14 +90,16 @@ def scores(guide_sites: dict[str, Any]) -> list[Score]:
     ]
 
 
-def scores_at_fixed_draws(guide_trace: Trace, guide_sites: dict[str, Any]) -> list[Score]:
-    """Of the sites whose draws do pass a gradient on, from a run of the guide at the same draws where they do not."""
+def scores_at_fixed_draws(guide_trace: Trace) -> list[Score]:
+    """Of all sites, from a run of the guide at draws that pass no gradient on.
+
+    As everywhere in Pyro the scale of a site does not weigh its score: the costs that it multiplies have it.
+    """
     guide_trace.compute_log_prob()
     return [
-        Score(name, site["cond_indep_stack"], site["log_prob"])
+        Score(name, site["cond_indep_stack"], scale_and_mask(site["unscaled_log_prob"], mask=site["mask"]))
         for name, site in sample_sites(guide_trace).items()
-        if is_identically_zero(guide_sites[name]["score_parts"].score_function)
-        and type(base(site["fn"])).__name__ != "Delta"
+        if type(base(site["fn"])).__name__ != "Delta"
     ]
 
 

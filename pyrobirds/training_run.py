@@ -18,6 +18,7 @@ from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from pyro.poutine import Trace
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # exported at runtime
 
 from pyrobirds.averaging import IterateAverage
 from pyrobirds.callbacks import Step
@@ -36,6 +37,7 @@ _LONG_NAMES = {
     "grad_norm": "norm of the gradient",
     "num_failed": "runs that failed",
 }
+_SAME = 1e-3  # relative difference below which weights count as one
 _HUGE = 1e8  # times what a parameter was
 _ADVICE = "Try a lower learning rate, max_grad_norm, more particles or a warm_start"
 
@@ -61,7 +63,7 @@ class TrainingRun:
         self.best: Tensor | None = None  # where the smoothed total was lowest,
         self.first = self.last  # and before the first step that was judged
         self._seconds_before, self._began = 0.0, time.perf_counter()
-        self._constant_from: int | None = None
+        self._constant_from = 0  # the number of steps after which w no longer changes
 
     @property
     def num_taken(self) -> int:
@@ -80,30 +82,34 @@ class TrainingRun:
             return
         if self.elbo is None:
             raise TypeError(f"warm_start needs a GeneralizedELBO as the loss of svi, got {self.objective!r}")
-        optim = copy.copy(self.svi.optim)
+        alone, optim = self.elbo.divergence_only(), copy.copy(self.svi.optim)
         if isinstance(optim, PyroOptim):
-            optim.optim_objs, optim.grad_clip = {}, {}
-        alone = SVI(self.svi.model, self.svi.guide, optim, loss=self.elbo.divergence_only())
+            optim.optim_objs, optim.grad_clip, optim._state_waiting_to_be_consumed = {}, {}, {}
         for _ in range(num_steps):
-            if not math.isfinite(divergence := float(alone.step(*self.args, **self.kwargs))):  # type: ignore[arg-type]
+            with poutine.trace(param_only=True) as capture:
+                divergence = alone.loss_and_grads(self.svi.model, self.svi.guide, *self.args, **self.kwargs)
+            tensors = [*unconstrained(capture.trace).values()]
+            norm = _norm(tensors)
+            if not (math.isfinite(divergence) and bool(norm.isfinite())):
+                zero_grads(tensors)
                 raise RuntimeError(
-                    f"the divergence from the prior is {divergence} in the warm start: the guide must not put mass "
-                    "where the prior has none; leave warm_start out, or start the guide closer to the prior"
+                    f"the divergence from the prior is {divergence} in the warm start, and the norm of its gradient "
+                    f"{norm:.4g}: the guide must not put mass where the prior has none; leave warm_start out, or start "
+                    "the guide closer to the prior"
                 )
+            self._clip(tensors, norm)
+            optim(tensors)
+            zero_grads(tensors)
 
     def step(self) -> Step | None:
         """Take a step, judge it, and record it; None if the parameters have become such that none can be taken."""
-        if self._constant_from is None:
-            self._constant_from = self._when_w_is_constant()
-            if self.judged and self.judged_from < self._constant_from:  # it was constant for fewer steps only
-                self._begin_judging()
         w = self.elbo.weight(self.elbo.step) if self.elbo else math.nan
         try:
             total, tensors = self._evaluate()
-        except ValueError as error:  # torch's, of a scale that is zero or infinite, say
-            if not self.num_taken or "to satisfy the constraint" not in str(error):
+        except (ValueError, LinAlgError) as error:  # of a scale that is zero or infinite, say
+            if not (self.num_taken and _is_of_impossible_values(error)):
                 raise
-            self.descent.diverged = f"a distribution got an impossible parameter ({_first_sentence(error)})"
+            self.descent.diverged = f"a distribution got impossible values ({_first_sentence(error)})"
             return None
         before = self.last
         grad_norm = self._update(tensors)
@@ -112,8 +118,9 @@ class TrainingRun:
         if not bool(after.isfinite().all()):  # the optimiser's doing, for the gradient was finite
             self.parameters.load(before)
             after, grad_norm = before, math.inf
+        finite = self.descent.is_finite(total, grad_norm)
         if self.num_taken >= self._constant_from:
-            self._judge(total, grad_norm, before, after)
+            self._judge(total if finite else None, before, after)
         self.last = after
         return self._record(total, grad_norm, w)
 
@@ -135,13 +142,20 @@ class TrainingRun:
             )
         return total, tensors
 
-    def _judge(self, total: float, grad_norm: float, before: Tensor, after: Tensor) -> None:
+    def _judge(self, total: float | None, before: Tensor, after: Tensor) -> None:
         if self.judged == 0:
             self.judged_from, self.first = self.num_taken, before
-        if self.descent.add(total, grad_norm):
+        if total is not None and self.descent.add(total):
             self.best = before
-        self.average.add(after)
+        if len(after):
+            self.average.add(after)
         self.judged += 1
+
+    def judge_again(self) -> None:
+        """Judge what the history holds, as when it was recorded."""
+        for step, (total, grad_norm) in enumerate(zip(self.columns["total"], self.columns["grad_norm"], strict=True)):
+            if self.descent.is_finite(total, grad_norm) and self.judged_from <= step < self.judged_from + self.judged:
+                self.descent.add(total)
 
     def _record(self, total: float, grad_norm: float, w: float) -> Step:
         terms = self.elbo.terms if self.elbo else None
@@ -163,12 +177,10 @@ class TrainingRun:
 
     def _update(self, tensors: list[Tensor]) -> float:
         """Let the optimiser take its step, unless the gradient is not finite; return the gradient's norm."""
-        gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = _norm(tensors)
         if not math.isfinite(grad_norm := norm.item()):
             return grad_norm
-        if self._max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(tensors, self._max_grad_norm, norm)
+        self._clip(tensors, norm)
         optim = self.svi.optim
         optim(tensors)
         if isinstance(optim, PyroLRScheduler):
@@ -178,21 +190,27 @@ class TrainingRun:
                 optim.step(self.descent.smoothed)
         return grad_norm
 
+    def _clip(self, tensors: list[Tensor], norm: Tensor) -> None:
+        if self._max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(tensors, self._max_grad_norm, norm)
+
     def _begin_judging(self) -> None:
         """Forget what was judged: the parameters or w are others than before."""
-        self.best = None
+        self.best, self.first = None, self.last
         self.judged, self.descent, self.average = 0, Descent(), IterateAverage()
 
-    def _when_w_is_constant(self) -> int:
-        """The number of steps after which w no longer changes."""
+    def prepare(self) -> None:
+        """Find out when w is constant, before the first step of a fit and of its resumption."""
         if self.elbo is None or not callable(self.elbo.w):
-            return 0
+            return
         offset = self.elbo.step - self.num_taken
         step = self.num_steps - 1
         final = self.elbo.weight(offset + step)
-        while step > 0 and self.elbo.weight(offset + step - 1) == final:
+        while step > 0 and abs(self.elbo.weight(offset + step - 1) - final) <= _SAME * final:
             step -= 1
-        return step
+        self._constant_from = step
+        if self.judged and self.judged_from < step:  # it was constant for fewer steps only
+            self._begin_judging()
 
     def reason_to_stop(self, patience: int | None, tolerance: float | None) -> StopReason | None:
         due = self.num_taken % _CHECK_EVERY == 0
@@ -231,7 +249,7 @@ class TrainingRun:
         return "averaged" if stationary and not self.descent.diverged else "best"
 
     def states(self) -> dict[StateName, Tensor]:
-        average = self.average.average() if self.judged else None
+        average = self.average.average() if self.average.num_iterates else None
         best = self.best
         if self.descent.diverged and not self.descent.best < self.descent.first:
             best = self.first  # it never was better than at the start
@@ -247,15 +265,17 @@ class TrainingRun:
     def result(self, reason: StopReason, seed: int | None) -> FitResult:
         cut_short = reason in (StopReason.INTERRUPTED, StopReason.DIVERGED)
         state = self.leave_in(self.state_when_cut_short() if cut_short else "averaged")
-        first, last = (self.judged_from + i for i in self.average.window()) if self.judged else (self.num_taken,) * 2
-        errors = self.average.standard_error() if self.judged else None
+        averaged = self.average.num_iterates > 0
+        start, stop = self.average.window() if averaged else (-1, 0)
+        offset = self.judged_from if averaged else self.num_taken
+        errors = self.average.standard_error() if averaged else None
         return FitResult(
             history=self._history(),
             stop_reason=reason,
             advice=self.advice(),
             states={name: self.parameters.by_name(flat) for name, flat in self.states().items()},
             state=state,
-            window=(first + 1, last),
+            window=(offset + start + 1, offset + stop),
             stationary=self.average.stationary_since is not None,
             standard_errors=None if errors is None else self.parameters.by_name(errors),
             best=self.descent.best if math.isfinite(self.descent.best) else math.nan,
@@ -275,14 +295,26 @@ class TrainingRun:
         return xr.Dataset(variables, coords={"step": steps})
 
 
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """The norm of all their gradients together."""
+    gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
+    return torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in gradients])
+
+
 def _number(total: Any) -> float:
     """A total as a float; the first where an objective returns several, as that of wake and sleep does."""
     return float(torch_item(total[0] if isinstance(total, tuple) else total))  # type: ignore[arg-type]
 
 
+def _is_of_impossible_values(error: Exception) -> bool:
+    """Whether an error is torch's for a distribution's parameter or value, or for a matrix."""
+    signs = ("to satisfy the constraint", "to be within the support")
+    return isinstance(error, LinAlgError) or any(sign in str(error) for sign in signs)
+
+
 def _first_sentence(error: Exception) -> str:
-    """What torch says of a distribution's parameter, without its value."""
-    lines = [line for line in str(error).splitlines() if "Expected parameter" in line]
+    """What torch says, without the values."""
+    lines = [line for line in str(error).splitlines() if "Expected " in line]
     return lines[0].split(" (")[0].removeprefix("Expected ") if lines else type(error).__name__
 
 

@@ -614,6 +614,7 @@ def test_a_description_is_what_a_file_can_hold(y, tmp_path):
         "shape": "(3, 20)",
         "number of NaN": 0,
         "mean and root mean square": pytest.approx([0.5, (0.25 + 9 / 12 * 61 / 59) ** 0.5], rel=1e-6),
+        "mean weighted by position": description["argument 0"]["mean weighted by position"],
     }
     assert {"prior of site 'mean'", "prior of site 'theta'"} < description.keys()
 
@@ -710,7 +711,7 @@ def test_a_changed_prior_is_named(y):
     text = changes(described(model, y), described(model, y, prior=dist.Normal(0.0, 2.0)))
     draw = torch.Generator().manual_seed(0)
     draw = torch.randn((), generator=draw).item()
-    assert text == (
+    assert text.startswith(
         f"prior of site 'mean', mean and root mean square: [{draw:.7g}, {abs(draw):.7g}] in the file, "
         f"[{2 * draw:.7g}, {2 * abs(draw):.7g}] here"
     )
@@ -720,13 +721,39 @@ def test_changed_data_are_named(y):
     here = described(model, y)
     text = changes(here, described(model, y + 1e-3))
     rms = [each.double().square().mean().sqrt().item() for each in (y, y + 1e-3)]
-    assert text == (
+    assert (
         f"data of site 'x', mean and root mean square: [0.5, {rms[0]:.7g}] in the file, [0.501, {rms[1]:.7g}] here"
+        in text
     )
+    assert "argument 0, mean and root mean square: " in text
+    reordered = changes(here, described(model, y.flip(-1)))
+    assert "data of site 'x', mean weighted by position: " in reordered
+    assert "mean and root mean square" not in reordered
     with_gap = y.clone()
     with_gap[0, 0] = float("nan")
     assert "data of site 'x', number of NaN: 0 in the file, 1 here" in changes(here, described(model, with_gap))
     check_same("fit.pt", here, described(model, y * (1 + 1e-7)))
+
+
+def test_other_likelihoods_and_covariates_are_named():
+    def regression(scale):
+        def model(x, y):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(theta * x, scale).to_event(1), obs=y)
+
+        return model
+
+    def of(scale, x):
+        made = regression(scale)
+        pyro.clear_param_store()
+        guide = AutoNormal(made)
+        guide(x, torch.ones(3))
+        return fingerprint(made, guide, (x, torch.ones(3)), {})
+
+    text = changes(of(1.0, torch.ones(3)), of(30.0, torch.ones(3)))
+    assert text.startswith("likelihood at site 'y', mean and root mean square: ")
+    text = changes(of(1.0, torch.ones(3)), of(1.0, torch.arange(3.0)))
+    assert "argument 0, mean and root mean square: [1, 1] in the file" in text
 
 
 def test_rounding_of_data_with_mean_zero_is_no_change():

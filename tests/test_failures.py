@@ -264,6 +264,142 @@ def test_the_penalised_gradient_with_plates_and_other_sites_and_parameters_of_th
         assert standardised(torch.stack(estimates[name]), expected) < 5, name
 
 
+def trapezoid(f: Callable[[Tensor], Tensor], loc: Tensor, sd: float) -> Tensor:
+    """The expectation of f under Normal(loc, sd), with a grid point at f's jump in 0."""
+    x = torch.linspace(-8.0, 8.0, 32_001)
+    halves = [(x <= 0, -1e-12), (x >= 0, 1e-12)]
+    values = [torch.trapezoid(f(x[half] + nudge) * _density(x[half], loc, sd), x[half]) for half, nudge in halves]
+    return values[0] + values[1]
+
+
+def _density(x: Tensor, loc: Tensor, sd: float) -> Tensor:
+    return torch.distributions.Normal(loc, sd).log_prob(x).exp()
+
+
+def assert_gradients(model: Any, own_guide: Any, exact: dict[str, Tensor], **options: Any) -> None:
+    """The penalised gradient is on average the exact one: within 5 standard errors."""
+    elbo = GeneralizedELBO(W, num_particles=200, on_failure="penalize", penalty=PENALTY, **options)
+    estimates: dict[str, list[Tensor]] = {name: [] for name in exact}
+    with quiet():
+        for _ in range(100):
+            elbo.loss_and_grads(model, own_guide, ONE)
+            for name, gradient in gradients().items():
+                estimates[name].append(gradient)
+            for parameter in parameters().values():
+                parameter.grad = None
+    for name, expected in exact.items():
+        assert standardised(torch.stack(estimates[name]), expected) < 5, name
+
+
+def penalised_loss(x: Tensor) -> Tensor:
+    return torch.where(x > 0, PENALTY, (x - Y).square())
+
+
+@pytest.mark.parametrize("how", ["subsampled", "scaled guide", "masked by the draw"])
+def test_scales_and_masks_weigh_costs_and_not_scores(how: str) -> None:
+    simulate = Simulator(Cliff(), loss=losses.mse)
+
+    def model(y: Tensor) -> None:
+        if how == "subsampled":
+            with pyro.plate("series", 4, subsample_size=2):
+                theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+                pyro.sample("x", simulate(theta), obs=y)
+            return
+        with pyro.poutine.scale(scale=0.3):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        mask = theta <= 0.5 if how == "masked by the draw" else torch.ones_like(theta).bool()
+        with pyro.poutine.mask(mask=mask):
+            pyro.sample("x", simulate(theta), obs=y)
+
+    def own_guide(y: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor([-0.3, 0.2, 0.1, -0.5]) if how == "subsampled" else torch.tensor(-0.2))
+        if how == "subsampled":
+            with pyro.plate("series", 4, subsample_size=2) as index:
+                pyro.sample("theta", dist.Normal(loc[index], 0.6))
+        else:
+            with pyro.poutine.scale(scale=0.3):
+                pyro.sample("theta", dist.Normal(loc, 0.6))
+
+    def f(x: Tensor) -> Tensor:
+        return torch.where(x <= 0.5, penalised_loss(x), 0.0) if how == "masked by the draw" else penalised_loss(x)
+
+    loc = torch.tensor([-0.3, 0.2, 0.1, -0.5] if how == "subsampled" else [-0.2], requires_grad=True)
+    scale = 1.0 if how == "subsampled" else 0.3
+    total = sum(trapezoid(f, one, 0.6) + scale * W * 0.5 * one**2 for one in loc)
+    (exact,) = torch.autograd.grad(total, loc)
+    assert_gradients(model, own_guide, {"loc": exact if how == "subsampled" else exact[0]})
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_discrete_latent_that_hangs_on_a_penalised_one(fails: bool) -> None:
+    """Nothing is counted twice: the discrete latent's score runs through the other one as well."""
+    simulate = Simulator(Cliff() if fails else lambda theta: theta.unsqueeze(-1).expand(-1, 2), loss=losses.mse)
+
+    def model(y: Tensor) -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        d = pyro.sample("d", dist.Bernoulli(0.5))
+        pyro.sample("x", simulate(a + d - 0.5), obs=y)
+
+    def own_guide(y: Tensor) -> None:
+        a = pyro.sample("a", dist.Normal(pyro.param("loc", torch.tensor(-0.2)), 0.6))
+        pyro.sample("d", dist.Bernoulli(logits=2 * a + pyro.param("logit", torch.tensor(0.3))))
+
+    loc, logit = torch.tensor(-0.2, requires_grad=True), torch.tensor(0.3, requires_grad=True)
+    a = torch.linspace(-6.0, 6.0, 48_001)
+    p = (2 * a + logit).sigmoid()
+    loss = penalised_loss if fails else lambda x: (x - Y).square()
+    entropy = p * p.log() + (1 - p) * (1 - p).log() + math.log(2.0)
+    inner = p * loss(a + 0.5) + (1 - p) * loss(a - 0.5) + W * entropy
+    total = torch.trapezoid(inner * _density(a, loc, 0.6), a) + W * 0.5 * loc**2
+    exact = dict(zip(("loc", "logit"), torch.autograd.grad(total, [loc, logit]), strict=True))
+    assert_gradients(model, own_guide, exact)
+
+
+def test_a_mask_that_leaves_the_failing_draws_out_leaves_no_nan() -> None:
+    simulate = Simulator(Cliff(), loss=losses.mse)
+
+    def model(y: Tensor) -> None:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        with pyro.poutine.mask(mask=theta <= 0):
+            pyro.sample("x", simulate(theta), obs=y)
+
+    for options in ({}, {"on_failure": "penalize", "penalty": 3.0}):
+        elbo = GeneralizedELBO(W, **options)  # type: ignore[arg-type]
+        elbo.loss_and_grads(model, guide, ONE)
+        assert elbo.terms.num_failed == 0
+        assert all(gradient.isfinite() for gradient in gradients().values())
+
+
+def test_dropped_elements_without_survivors_do_not_make_failing_pay() -> None:
+    """A plate of switches: up fails, down has loss 1. Whatever fails, the loss is 40 and its gradient zero."""
+
+    def simulate(theta: Tensor) -> Tensor:
+        return torch.where(theta > 0, math.nan, theta).unsqueeze(-1)
+
+    site = Simulator(simulate, loss=losses.mse)
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("switches", 40):
+            up = pyro.sample("up", dist.Bernoulli(0.5))
+            pyro.sample("x", site(2 * up - 1 + 0 * up), obs=y)
+
+    def switches(y: Tensor) -> None:
+        logit = pyro.param("logit", torch.tensor(0.0))
+        with pyro.plate("switches", 40):
+            pyro.sample("up", dist.Bernoulli(logits=logit).expand([40]))
+
+    for num_particles in (1, 2):
+        estimates = []
+        with quiet():
+            for _ in range(300):
+                elbo = GeneralizedELBO(0.0, num_particles=num_particles, max_plate_nesting=1)  # that counts no streak
+                elbo.loss_and_grads(model, switches, torch.zeros(1))
+                assert elbo.terms.loss == pytest.approx(40.0)
+                estimates.append(gradients()["logit"])
+                parameters()["logit"].grad = None
+        assert abs(torch.stack(estimates).mean()) < 5 * torch.stack(estimates).std() / math.sqrt(300) + 1e-9
+
+
 def best_penalised(w: float = W) -> NDArray[np.float64]:
     best = minimize(lambda at: float(penalised(*at, w)), [-1.0, -0.5], method="Nelder-Mead", options={"xatol": 1e-8})
     return best.x
@@ -479,6 +615,55 @@ def test_the_limit() -> None:
             elbo.loss_and_grads(model, guide, ONE)
         with pytest.raises(RuntimeError, match=r"the share was above max_failed=30% in 10 evaluations in a row"):
             elbo.loss_and_grads(model, guide, ONE)
+
+
+def test_failures_in_backward_do_not_hide_those_in_forward() -> None:
+    def both(theta: Tensor) -> Tensor:
+        fails = torch.arange(len(theta)) > 1
+        x = torch.where(fails, math.nan, (theta - theta.detach() * (torch.arange(len(theta)) == 0)).abs().sqrt())
+        return x.unsqueeze(-1).expand(-1, 2)
+
+    elbo = GeneralizedELBO(W, num_particles=40, max_plate_nesting=0)
+    model = model_of(Simulator(both, loss=losses.mse))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(9):
+            elbo.loss_and_grads(model, guide, ONE)
+            assert elbo.terms.num_failed == 39  # 38, and the gradient of one
+        with pytest.raises(RuntimeError, match=r"above max_failed=90% in 10 evaluations in a row"):
+            elbo.loss_and_grads(model, guide, ONE)
+
+
+def test_plates_whose_size_is_drawn_can_be_run_one_after_another() -> None:
+    simulate = Simulator(lambda theta: theta.unsqueeze(-1).expand(-1, 2), loss=losses.mse)
+
+    def model(y: Tensor) -> None:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        size = 1 + int(theta > 0)
+        with pyro.plate("some", size):
+            pyro.sample("x", simulate(theta.expand(size)), obs=y)
+
+    elbo = GeneralizedELBO(W, num_particles=8, vectorize_particles=False)
+    elbo.loss_and_grads(model, guide, ONE)
+    assert elbo.terms.total.isfinite()
+
+
+def test_the_exception_is_named_at_every_fit() -> None:
+    message = "first"
+
+    def breaks(theta: Tensor) -> Tensor:
+        if message:
+            raise ArithmeticError(message)
+        return theta.unsqueeze(-1).expand(-1, 2)
+
+    simulate = Simulator(breaks, loss=losses.mse)
+    message = ""
+    GeneralizedELBO(W).loss_and_grads(model_of(simulate), guide, ONE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for message in ("first", "second"):
+            with pytest.raises(RuntimeError, match=rf"10 of 10 runs .* with 'ArithmeticError: {message}': there is"):
+                GeneralizedELBO(W).loss_and_grads(model_of(simulate), guide, ONE)
 
 
 def test_the_limit_is_for_evaluations_in_a_row() -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pyrobirds import GeneralizedELBO, Simulator, fit, losses, models
 from pyrobirds.callbacks import Step
+from pyrobirds.descent import Descent
 from pyrobirds.divergences import KL
 from pyrobirds.fit_result import FitResult, StopReason
 
@@ -389,6 +390,43 @@ def test_a_warm_start_begins_at_the_prior_without_simulating(divergence: KL) -> 
     del svi
 
 
+def test_no_nan_reaches_the_parameters_in_a_warm_start() -> None:
+    class Broken(dist.Normal):
+        def log_prob(self, value: Tensor) -> Tensor:
+            return super().log_prob(value) + 0 * (value - value.detach()).sqrt()
+
+    def broken(y: Tensor) -> None:
+        pyro.sample("theta", Broken(0.0, 1.0))
+
+    svi = SVI(broken, AutoNormal(model), Adam({"lr": 0.1}), GeneralizedELBO(divergence=KL(analytic=False)))
+    watching = Watching()
+    with pytest.raises(RuntimeError, match=r"in the warm start, and the norm of its gradient nan"):
+        fit(svi, torch.tensor(0.0), num_steps=1, warm_start=3, callbacks=[watching])
+    assert all(value.isfinite().all() for value in stored().values())
+    assert watching.closed == 1
+
+
+def test_a_warm_start_leaves_a_loaded_optimiser_alone() -> None:
+    first = make(GeneralizedELBO())
+    fit(first, torch.tensor(0.0), num_steps=20, progress=False)
+    loaded = make(GeneralizedELBO())
+    loaded.optim.set_state(first.optim.get_state())
+    fit(loaded, torch.tensor(0.0), num_steps=1, warm_start=3, progress=False)
+    assert {float(made.state_dict()["state"][0]["step"]) for made in loaded.optim.optim_objs.values()} == {21.0}
+
+
+def test_a_guide_without_parameters_is_fitted_all_the_same() -> None:
+    def guide(y: Tensor) -> None:
+        pyro.sample("theta", dist.Normal(0.0, 1.0))
+
+    def learnt(y: Tensor) -> None:
+        pyro.sample("theta", dist.Normal(0.0, 1.0))
+
+    result = fit(SVI(learnt, guide, Adam({"lr": 0.1}), Trace_ELBO()), torch.tensor(0.0), num_steps=3, progress=False)
+    assert result.num_steps == 3
+    assert result.states["averaged"] == {}
+
+
 def test_a_warm_start_needs_our_elbo_and_a_finite_divergence() -> None:
     with pytest.raises(TypeError, match=r"warm_start needs a GeneralizedELBO as the loss of svi, got <.*Trace_ELBO"):
         fit(make(Trace_ELBO()), torch.tensor(0.0), num_steps=1, warm_start=3)
@@ -458,6 +496,44 @@ def test_a_diverging_fit_stops_in_its_best_state(optim: Any) -> None:
     assert result.advice in str(result)
     at_best = GeneralizedELBO(w=10, num_particles=1000).loss(model, svi.guide, torch.tensor(1.0))
     assert at_best < 3 * abs(float(result.history["total"][0])) + 30
+
+
+def test_a_fit_that_diverges_while_w_changes_ends_at_its_start() -> None:
+    svi = SVI(model, AutoNormal(model), SGD({"lr": 3.0}), GeneralizedELBO(lambda step: max(10.0, 300.0 - step)))
+    svi.guide(torch.tensor(1.0))
+    before = stored()
+    with pytest.warns(UserWarning, match="the fit diverged"):
+        result = fit(svi, torch.tensor(1.0), num_steps=400, progress=False)
+    assert result.stop_reason is StopReason.DIVERGED
+    assert all(torch.equal(value, before[name]) for name, value in stored().items())
+
+
+def test_gradients_that_are_not_finite_end_a_fit_while_w_changes() -> None:
+    def broken(y: Tensor) -> None:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        pyro.factor("bad", (theta - theta.detach()).sqrt())
+
+    svi = SVI(broken, AutoNormal(broken), Adam({"lr": 0.05}), GeneralizedELBO(lambda step: 1000.0 - step))
+    with pytest.warns(UserWarning, match=r"diverged at step 10: .* not finite in 10 steps in a row"):
+        assert fit(svi, torch.tensor(1.0), num_steps=500, progress=False).num_steps == 10
+
+
+@pytest.mark.parametrize("noise", ["lognormal", "misses", "chi-squared"])
+def test_skewed_noise_is_no_divergence(noise: str) -> None:
+    """Stationary totals, of which the first may be small by luck. Of 200 runs at most 4 may be misjudged."""
+    rng = np.random.default_rng(0)
+    draw = {
+        "lognormal": lambda: np.exp(3 * rng.standard_normal(300)),
+        "misses": lambda: np.where(rng.random(300) < 0.3, 100.0, 1e-6 * rng.random(300)),
+        "chi-squared": lambda: rng.chisquare(1, 300),
+    }[noise]
+    misjudged = 0
+    for _ in range(200):
+        descent = Descent()
+        for total in draw():
+            descent.add(float(total))
+        misjudged += bool(descent.diverged)
+    assert misjudged <= 4
 
 
 def test_an_exploding_scale_ends_the_fit() -> None:

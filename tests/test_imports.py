@@ -16,8 +16,8 @@ PACKAGE = ROOT / "pyrobirds"
 # A module may import the layers below its own.
 LAYERS = (
     {"_checks", "_rng", "closed_forms", "descent", "interrupts", "trained"},
-    {"averaging", "callbacks", "checkpoints", "fit_result", "traces"},
-    {"dependence", "divergences", "failures", "losses", "tempering"}
+    {"averaging", "callbacks", "fit_result", "traces"},
+    {"checkpoints", "dependence", "divergences", "failures", "losses", "tempering"}
     | {"simulators.contract", "simulators.parameters", "simulators.relaxations", "simulators.unbatched"},
     {"progress", "scoring"},
     {"elbo", "simulators.simulator"},

@@ -12,11 +12,18 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import pyro.distributions.transforms as T
 import pytest
 import resumable_fit
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.infer.autoguide import (
+    AutoDiagonalNormal,
+    AutoIAFNormal,
+    AutoLowRankMultivariateNormal,
+    AutoNormal,
+    AutoNormalizingFlow,
+)
 from pyro.optim import Adam
 
 from pyrobirds import GeneralizedELBO, Simulator, fit, losses
@@ -128,8 +135,8 @@ def other_prior(y: torch.Tensor) -> None:
         ({}, {"model": other_prior}, r"model: .*model in the file, .*other_prior here"),
         ({}, {"guide": AutoDiagonalNormal}, r"guide: AutoNormal in the file, AutoDiagonalNormal here"),
         ({}, {"y": 2.0}, r"data of site 'y'"),
-        ({}, {"loss": GeneralizedELBO(w=2)}, r"objective, w: \[1\] in the file, \[2\] here"),
-        ({}, {"loss": GeneralizedELBO(w=lambda step: 1.0 + step)}, r"objective, w: "),
+        ({}, {"loss": GeneralizedELBO(w=2)}, r"objective, w of step 1: 1 in the file, 2 here"),
+        ({}, {"loss": GeneralizedELBO(w=lambda step: 1.0 + step)}, r"objective, w of step 2: 1 in the file, 2 here"),
         ({}, {"loss": GeneralizedELBO(num_particles=3)}, r"objective, num_particles: 10 in the file, 3 here"),
         ({}, {"loss": GeneralizedELBO(divergence=KL(analytic=False))}, r"objective, divergence: "),
         ({}, {"loss": Trace_ELBO()}, r"objective, kind: GeneralizedELBO in the file, Trace_ELBO here"),
@@ -222,6 +229,129 @@ def test_the_checkpoint_is_written_now_and_then_and_at_the_end(tmp_path: Path) -
         make(), num_steps=5, checkpoint=path, checkpoint_interval=0, callbacks=[lambda step: seen.append(path.exists())]
     )
     assert seen == [False] + [True] * 4  # callbacks come before the saving
+
+
+def flow_guide(model: Any) -> Any:
+    """A guide that is made of more than its parameters: of a permutation that is drawn when it is first called."""
+
+    def parts(size: int) -> Any:
+        return T.ComposeTransformModule([T.affine_coupling(size, [5]), T.permute(size), T.affine_coupling(size, [5])])
+
+    return AutoNormalizingFlow(model, parts)
+
+
+def six(y: torch.Tensor) -> None:
+    theta = pyro.sample("theta", dist.Normal(torch.zeros(6), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(theta * torch.arange(6.0), 1.0).to_event(1), obs=y * torch.ones(6))
+
+
+@pytest.mark.parametrize("make_guide", [flow_guide, AutoIAFNormal, AutoLowRankMultivariateNormal])
+@pytest.mark.parametrize("analytic", [True, False])
+def test_flows_resume_bitwise(make_guide: Any, analytic: bool, tmp_path: Path) -> None:
+    def svi() -> SVI:
+        pyro.clear_param_store()
+        return make(model=six, guide=make_guide, loss=GeneralizedELBO(divergence=KL(analytic=analytic)))
+
+    whole = run(svi(), seed=5)
+    run(svi(), num_steps=15, seed=5, checkpoint=tmp_path / "fit.pt")
+    resumed = run(svi(), seed=5, checkpoint=tmp_path / "fit.pt")
+    assert resumed.history.equals(whole.history)
+    assert same(dict(resumed.states["averaged"]), dict(whole.states["averaged"]))
+
+
+def test_a_guide_that_was_made_otherwise_is_refused(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(seed)
+        svi = make(model=six, guide=flow_guide)
+        if seed == 1:
+            run(svi, checkpoint=tmp_path / "fit.pt")
+        else:
+            with pytest.raises(ValueError, match=r"the guide's draw of .* at these parameters"):
+                run(svi, checkpoint=tmp_path / "fit.pt")
+
+
+def test_a_guide_with_equal_parameters_and_another_family_is_refused(tmp_path: Path) -> None:
+    for family in (dist.Normal, dist.Cauchy):
+
+        def guide(y: torch.Tensor, family: Any = family) -> None:
+            pyro.sample("theta", family(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+        svi = SVI(model, guide, Adam({"lr": 0.05}), GeneralizedELBO())
+        if family is dist.Normal:
+            run(svi, checkpoint=tmp_path / "fit.pt")
+            pyro.clear_param_store()
+        else:
+            with pytest.raises(ValueError, match=r"the guide's draw of 'theta' at these parameters"):
+                run(svi, checkpoint=tmp_path / "fit.pt")
+
+
+def test_parameters_that_come_later_are_named(tmp_path: Path) -> None:
+    calls = 0
+
+    def guide(y: torch.Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        late = pyro.param("late", torch.tensor(0.0)) if calls > 10 else 0.0
+        pyro.sample("theta", dist.Normal(pyro.param("loc", torch.tensor(0.0)) + late, 1.0))
+
+    run(SVI(model, guide, Adam({"lr": 0.05}), Trace_ELBO()), checkpoint=tmp_path / "fit.pt")
+    pyro.clear_param_store()
+    calls = 0
+    with pytest.raises(
+        ValueError, match=r"has the parameters \['late'\], which model and guide do not use when they are"
+    ):
+        run(SVI(model, guide, Adam({"lr": 0.05}), Trace_ELBO()), checkpoint=tmp_path / "fit.pt")
+
+
+@pytest.mark.parametrize("w", [lambda step: [5.0] * 20 + [2.0] * 20, lambda step: 41.0 - step])
+def test_w_is_asked_for_the_steps_of_the_fit_alone(w: Any, tmp_path: Path) -> None:
+    schedule = (lambda step: w(step)[step]) if isinstance(w(0), list) else w
+    whole = run(make(loss=GeneralizedELBO(schedule)), checkpoint=tmp_path / "fit.pt")
+    pyro.clear_param_store()
+    assert run(make(loss=GeneralizedELBO(schedule)), checkpoint=tmp_path / "fit.pt").history.equals(whole.history)
+
+
+def test_patience_is_not_judged_on_another_w_after_a_resumption(tmp_path: Path) -> None:
+    def w(step: int) -> float:
+        return 100.0 if step < 200 else 1.0
+
+    run(make(loss=GeneralizedELBO(w)), num_steps=100, checkpoint=tmp_path / "fit.pt")
+    pyro.clear_param_store()
+    resumed = run(make(loss=GeneralizedELBO(w)), num_steps=400, patience=10, checkpoint=tmp_path / "fit.pt")
+    assert resumed.num_steps > 200
+
+
+class Halving:
+    def __call__(self, epoch: int) -> float:
+        return 0.5**epoch
+
+
+def test_schedules_by_objects_resume(tmp_path: Path) -> None:
+    for _ in range(2):
+        pyro.clear_param_store()
+        settings = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "lr_lambda": Halving()}
+        result = run(make(optim=pyro.optim.LambdaLR(settings)), checkpoint=tmp_path / "fit.pt")
+    assert result.num_steps == 40
+
+
+def test_a_fit_that_diverges_before_the_first_saving_says_so(tmp_path: Path) -> None:
+    svi = make(optim=pyro.optim.SGD({"lr": 3.0}), loss=GeneralizedELBO(10))
+    with pytest.warns(UserWarning, match="the fit diverged"):
+        result = run(svi, num_steps=500, checkpoint=tmp_path / "fit.pt")
+    assert result.stop_reason is StopReason.DIVERGED
+
+
+def test_the_running_moments_of_a_guide_count_steps_alone(tmp_path: Path) -> None:
+    batches = []
+    for options in ({}, {"checkpoint": tmp_path / "fit.pt", "checkpoint_interval": 0}):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = resumable_fit.BatchNormGuide()
+        svi = SVI(resumable_fit.plain_model, guide, Adam({"lr": 0.01}), Trace_ELBO())
+        fit(svi, torch.ones(8, 2), num_steps=10, progress=False, **options)
+        batches.append((int(guide.norm.num_batches_tracked), guide.norm.running_mean.tolist()))
+    assert batches[0] == batches[1]
 
 
 # ---- Ctrl-C ---------------------------------------------------------------------------------------------------------

@@ -135,10 +135,10 @@ def guard(backward: Backward, parameters: list[Tensor]) -> list[Tensor]:
     Those of the other draws become zero. Where a loss is left out, its gradient of zero times an infinite derivative
     inside the user's function is NaN, which would spoil whatever is computed from all draws.
     """
-    if not (tracked := [parameter for parameter in parameters if parameter.requires_grad]):
-        return parameters
-    guarded = iter(_guard(backward, *tracked))
-    return [next(guarded) if parameter.requires_grad else parameter for parameter in parameters]
+    tracked = [parameter for parameter in parameters if parameter.requires_grad]
+    guarded = iter(_guard(backward, *tracked)) if tracked else iter(())
+    # All of them are copies: a function may write to its parameters, and these may share memory with the guide's draws.
+    return [next(guarded) if parameter.requires_grad else parameter.clone() for parameter in parameters]
 
 
 def _guard(backward: Backward, *parameters: Tensor) -> tuple[Tensor, ...]:

@@ -99,6 +99,7 @@ class Simulator:
         self._checked: set[Any] = set()  # the checks that passed
         self._kinds: dict[str | None, _Kind] = {}  # by output, as of the last run; empty before the first that worked
         self._warned = False  # that a run raised an exception
+        self.last_exception = ""  # of the last call, in words
 
     @classmethod
     def from_loss(
@@ -212,7 +213,7 @@ class Simulator:
                     result = self._fn(*args, **kwargs)
                 except Exception as error:
                     result, raised = None, Raised([*range(n)], error)
-        worked = None
+        worked, self.last_exception = None, ""
         if raised is not None:
             if len(raised.draws) == n:
                 if raised.error is not None and not (scored and self._kinds):
@@ -223,6 +224,7 @@ class Simulator:
             if not self._warned:
                 self._warned = True
                 self._warn(raised, n, dict(zip(theta.names, flat, strict=True)))
+            self.last_exception = f"{type(raised.error).__name__}: {raised.error}"
             raised.error = None  # its traceback refers to this frame: they would keep each other and the run alive
         return Called(result, worked, theta.differentiable(flat), backward)
 
@@ -358,6 +360,11 @@ class SimulatorSite(TorchDistribution):
             f"{self!r} has no data and is taken for a latent: pass the data when the guide is first called, e.g. "
             "guide(y), and leave outputs without data out of the model"
         )
+
+    @property
+    def cause(self) -> str:
+        """The exception that made runs of the simulator's last call fail, in words; empty if it raised none."""
+        return self.run.simulator.last_exception
 
     @property
     def made_of(self) -> str:
