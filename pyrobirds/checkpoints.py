@@ -196,6 +196,7 @@ def optimiser_state(optim: PyroOptim, params: Mapping[str, Tensor]) -> dict[str,
         TypeError: ``optim`` is no :class:`pyro.optim.PyroOptim`, or its optimiser is one that SVI cannot use.
 
     Example:
+        >>> import pyro
         >>> theta = pyro.param("theta", torch.zeros(2))
         >>> params = {"theta": theta.unconstrained()}
         >>> optim = pyro.optim.Adam({"lr": 0.1})
@@ -293,6 +294,7 @@ def fingerprint(model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: Mapping[str
         kwargs: keyword arguments of both.
 
     Example:
+        >>> import pyro
         >>> import pyro.distributions as dist
         >>> def model():
         ...     pyro.sample("theta", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
