@@ -110,6 +110,7 @@ class TrainingRun:
             if not (self.num_taken and _is_of_impossible_values(error)):
                 raise
             self.descent.diverged = f"a distribution got impossible values ({_first_sentence(error)})"
+            self.undo_unfinished_step()
             return None
         before = self.last
         grad_norm = self._update(tensors)
