@@ -314,13 +314,12 @@ def fingerprint(model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: Mapping[str
                 kind = "data" if site["is_observed"] else "prior"
                 description[f"{kind} of site {name!r}"] = summary(site["value"])
                 if site["is_observed"] and prior_is_fixed and not can_fail(site):
-                    with suppress(ValueError):  # of data that the likelihood does not take, as scoring will say
+                    with forked_rng(0), suppress(Exception):  # whatever is wrong with it there, scoring will say
                         description[f"likelihood at site {name!r}"] = summary(site["fn"].log_prob(site["value"]))
-    for name, value in {**{f"argument {i}": arg for i, arg in enumerate(args)}, **kwargs}.items():
-        if isinstance(value, Tensor):
-            description[name] = summary(value)
-        elif isinstance(value, bool | int | float | str):
-            description[name] = value
+    for name, value in {**dict(enumerate(args)), **kwargs}.items():
+        described = _describe_argument(value)
+        if described is not None:
+            description[f"argument {name!r}"] = described
     for trace in (model_trace, guide_trace):
         for name in trace.param_nodes:
             value: Any = trace.nodes[name]["value"]
@@ -354,6 +353,16 @@ def _describe(site: Any) -> str:
         + (", observed" if site["is_observed"] else "")
         + (f", on {value.device.type}" if value.device.type != "cpu" else "")  # which draws other numbers
     )
+
+
+def _describe_argument(value: Any) -> Any:
+    """What a file can hold of an argument; None of what says nothing."""
+    if isinstance(value, Tensor):
+        return summary(value) if value.layout is torch.strided else None
+    for kind in (bool, int, float, str):  # plain ones of what may be NumPy's, or an Enum's
+        if isinstance(value, kind):
+            return kind(value)
+    return None
 
 
 def _is_fixed(site: Any, prior_is_fixed: bool) -> bool:

@@ -169,6 +169,7 @@ class GeneralizedELBO(ELBO):
         self.terms: Terms | None = None
         self.step = 0
         self._with_loss = True
+        self._rerun_checked = False
         self._watch = failures.Watch(on_failure, self.max_failed)
         self._analysed_pair: tuple[Fn, Fn] | None = None
         self._analysed: dict[Any, Dependence] = {}  # by the kinds of the arguments
@@ -230,8 +231,10 @@ class GeneralizedELBO(ELBO):
         divergence = _total([evaluation.divergence.detach() for evaluation in evaluations])
         counts = [one.runs.sum() for one in failed]
         for one, count in zip(failed, counts, strict=True):
-            if self.penalty is None and not one.in_backward and one.runs.numel():
-                loss = loss.masked_fill(count == one.num_asked(), math.nan)  # there is nothing to average over
+            if self.penalty is None and not one.in_backward:
+                loss = loss.masked_fill(
+                    (count == one.num_asked()) & (count > 0), math.nan
+                )  # there is nothing to average over
         num_failed = _total(counts) if counts else torch.zeros((), dtype=torch.long)
         self.terms = Terms(loss, divergence, loss + divergence, num_failed)
         return self.terms
@@ -338,6 +341,9 @@ class GeneralizedELBO(ELBO):
         if is_validation_enabled():
             check_if_enumerated(guide_trace)
         fixed = [] if rerun is None else scoring.scores_at_fixed_draws(rerun[1])
+        if fixed and not self._rerun_checked:
+            scoring.check_same_density(fixed, guide_sites)
+            self._rerun_checked = True
         params = traces.params(guide_trace) + traces.params(model_trace)
         return _Run(model_sites, guide_sites, observed, closed, scoring.scores(guide_sites), fixed, known, params)
 
@@ -347,13 +353,10 @@ class GeneralizedELBO(ELBO):
         names = {name: None for run in runs for name, site in run.observed.items() if traces.can_fail(site)}
         for name in names:
             having = [run for run in runs if name in run.observed]
-            shapes = {run.observed[name]["unscaled_log_prob"].shape for run in having}
-            # Of plates whose size depends on what was drawn no two elements belong together.
-            for together in [having] if len(shapes) == 1 else [[run] for run in having]:
-                sites = [run.observed[name] for run in together]
-                as_cost = any(run.scores or run.scores_at_fixed_draws for run in together)
-                failed, asked = failures.fill(sites, self.penalty, num_plates=num_plates, as_cost=as_cost)
-                found.append(Failed(name, failed, asked, sites, [run.model_sites for run in together], num_plates))
+            sites = [run.observed[name] for run in having]
+            as_cost = any(run.scores or run.scores_at_fixed_draws for run in having)
+            failed, asked = failures.fill(sites, self.penalty, num_plates=num_plates, as_cost=as_cost)
+            found.append(Failed(name, failed, asked, sites, [run.model_sites for run in having], num_plates))
         return found
 
     def _combine(self, used_for: _Pass, w: float, run: _Run) -> _Evaluation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -76,7 +77,8 @@ def fill(
     counts as its element's survivors' mean, so that failing is neither sought nor shunned. An element without survivors
     counts as the mean of all survivors of the site. With a penalty, failed runs have this loss.
 
-    Elements belong together by their place, also where particles that are drawn one after another subsample a plate.
+    Elements belong together by their place, also where particles that are drawn one after another subsample a plate. If
+    the size of a plate hangs on the draw, all elements are averaged over as one.
 
     Args:
         sites: the site in each trace, with its ``unscaled_log_prob``; there are several where particles are drawn one
@@ -89,22 +91,27 @@ def fill(
         Which runs failed, and which count (None if none is masked out), ``(particles, *plates)``, all traces together.
     """
     log_probs = [site["unscaled_log_prob"] for site in sites]
-    by_particle = [own if own.dim() > num_plates else own.unsqueeze(0) for own in log_probs]
+    ragged = len({own.shape for own in log_probs}) > 1
+    by_particle = [
+        own.reshape(-1) if ragged else own if own.dim() > num_plates else own.unsqueeze(0) for own in log_probs
+    ]
     own = torch.cat(by_particle).detach() if len(sites) > 1 else by_particle[0].detach()
     nan, asked = own.isnan(), None
     if any(site["mask"] is not None for site in sites):
-        asked = torch.cat([_expanded(site["mask"], like) for site, like in zip(sites, by_particle, strict=True)])
+        masks = [_expanded(site["mask"], own) for site, own in zip(sites, log_probs, strict=True)]
+        asked = torch.cat([mask.reshape(one.shape) for mask, one in zip(masks, by_particle, strict=True)])
     failed = nan if asked is None else nan & asked
     num_asked = len(own) if asked is None else asked.sum(0)
     num_alive = num_asked - failed.sum(0)
     if penalty is None:
-        alive = own.nan_to_num(0.0) if asked is None else torch.where(failed | ~asked, 0.0, own)
+        alive = own.nan_to_num(0.0, math.inf, -math.inf) if asked is None else torch.where(failed | ~asked, 0.0, own)
         sums = alive.sum(0)
         filling: Any = torch.where(
             num_alive > 0, sums / num_alive.clamp(min=1), sums.sum() / num_alive.sum().clamp(min=1)
         )
         factor = (num_asked / num_alive.clamp(min=1)).to(own.dtype)
-        values = [torch.where(num_alive > 0, one.nan_to_num(0.0) * factor, filling) for one in by_particle]
+        finite = [one.nan_to_num(0.0, math.inf, -math.inf) for one in by_particle]
+        values = [torch.where(num_alive > 0, one * factor, filling) for one in finite]
     else:
         filling = -penalty
         values = [torch.where(one.isnan(), -penalty, one) for one in by_particle]
@@ -117,7 +124,8 @@ def fill(
             _set(site, "cost", -value)
         # Of costs as they count: what is masked out may hang on a particle's own draw, on which its baseline must not.
         cost = torch.cat([site["cost"].reshape(one.shape) for site, one in zip(sites, by_particle, strict=True)])
-        baseline = (cost.sum(0) - cost) / (len(cost) - 1) if len(cost) > 1 else torch.zeros_like(cost)
+        several = len(cost) > 1 and not ragged  # in which an element of the same particle would be among the others
+        baseline = (cost.sum(0) - cost) / (len(cost) - 1) if several else torch.zeros_like(cost)
         for site, value in zip(sites, baseline.split(sizes), strict=True):
             site["baseline"] = value.reshape(site["cost"].shape)
     return failed, asked

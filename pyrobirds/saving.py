@@ -108,7 +108,7 @@ class Saving:
     def _draws(self) -> dict[str, Any]:
         """What the guide draws from one seed: another guide with parameters like these shows there."""
         run = self._run
-        with self._unchanged_buffers(), poutine.block(), forked_rng(0), suppress(ValueError):
+        with self._unchanged_buffers(), poutine.block(), forked_rng(0), suppress(ValueError, RuntimeError):
             trace = poutine.trace(run.svi.guide).get_trace(*run.args, **run.kwargs)
             return {
                 f"the guide's draw of {name!r} at these parameters": checkpoints.summary(site["value"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+import torch
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer.util import MultiFrameTensor
@@ -93,14 +94,25 @@ def scores(guide_sites: dict[str, Any]) -> list[Score]:
 def scores_at_fixed_draws(guide_trace: Trace) -> list[Score]:
     """Of all sites, from a run of the guide at draws that pass no gradient on.
 
-    As everywhere in Pyro the scale of a site does not weigh its score: the costs that it multiplies have it.
+    As everywhere in Pyro scale and mask of a site do not weigh its score: the costs that it multiplies have theirs.
     """
     guide_trace.compute_log_prob()
     return [
-        Score(name, site["cond_indep_stack"], scale_and_mask(site["unscaled_log_prob"], mask=site["mask"]))
+        Score(name, site["cond_indep_stack"], site["unscaled_log_prob"])
         for name, site in sample_sites(guide_trace).items()
         if type(base(site["fn"])).__name__ != "Delta"
     ]
+
+
+def check_same_density(scored: list[Score], guide_sites: dict[str, Any]) -> None:
+    """Raise if a guide, run again at the same draws, has another density there."""
+    for score in scored:
+        site = guide_sites[score.name]
+        if not torch.allclose(score.value, site["fn"].log_prob(site["value"]), rtol=1e-4, atol=1e-4, equal_nan=True):
+            raise ValueError(
+                f"the guide has another density of {score.name!r} when it is run again at the same draws: it must not "
+                "draw random numbers outside of its sites (dropout, say) if failures are penalised"
+            )
 
 
 def score_function_term(costs: list[Cost], scored: list[Score]) -> Tensor:

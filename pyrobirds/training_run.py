@@ -316,7 +316,7 @@ def _is_of_impossible_values(error: Exception) -> bool:
 def _first_sentence(error: Exception) -> str:
     """What torch says, without the values."""
     lines = [line for line in str(error).splitlines() if "Expected " in line]
-    return lines[0].split(" (")[0].removeprefix("Expected ") if lines else type(error).__name__
+    return lines[0].split(" (")[0].removeprefix("Expected ") if lines else str(error).splitlines()[0]
 
 
 def unconstrained(trace: Trace) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Checkpoints outlive kills, are refused if they are not their own, and let generators and optimisers go on bitwise."""
 
+import enum
 import os
 import random
 import subprocess
@@ -754,6 +755,53 @@ def test_other_likelihoods_and_covariates_are_named():
     assert text.startswith("likelihood at site 'y', mean and root mean square: ")
     text = changes(of(1.0, torch.ones(3)), of(1.0, torch.arange(3.0)))
     assert "argument 0, mean and root mean square: [1, 1] in the file" in text
+
+
+def test_arguments_are_named_and_need_not_be_plain():
+    class Kind(enum.IntEnum):
+        A = 1
+
+    def with_arguments(y, scale=1.0, optimiser=2.0, model=0):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(theta * optimiser, scale).expand([3]).to_event(1), obs=y)
+
+    def of(**kwargs):
+        pyro.clear_param_store()
+        guide = AutoNormal(with_arguments)
+        guide(torch.ones(3), **kwargs)
+        return fingerprint(with_arguments, guide, (torch.ones(3),), kwargs)
+
+    here = of(scale=np.float64(2.0), model=Kind.A)
+    assert type(here["argument 'scale'"]) is float
+    assert type(here["argument 'model'"]) is int
+    assert here["model"].endswith("with_arguments")
+    assert "argument 'optimiser': 1 in the file, 5 here" in changes(of(optimiser=1.0), of(optimiser=5.0))
+    sparse = of(model=torch.eye(3).to_sparse())
+    assert "argument 'model'" not in sparse
+
+
+def test_a_noisy_likelihood_changes_no_generator_and_is_its_own():
+    class Noisy(dist.TorchDistribution):
+        def __init__(self, theta):
+            self.theta = theta
+            super().__init__(theta.shape, validate_args=False)
+
+        def log_prob(self, value):
+            if self.theta > 100:
+                raise RuntimeError("solver failed")
+            return -((self.theta + torch.randn(self.theta.shape) - value) ** 2)
+
+    for prior in (0.0, 1000.0):
+
+        def noisy(y, prior=prior):
+            pyro.sample("y", Noisy(pyro.sample("theta", dist.Normal(prior, 1.0))), obs=y)
+
+        pyro.clear_param_store()
+        guide = AutoNormal(noisy)
+        guide(torch.ones(()))
+        before = torch.get_rng_state()
+        check_same("fit.pt", *(fingerprint(noisy, guide, (torch.ones(()),), {}) for _ in range(2)))
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_rounding_of_data_with_mean_zero_is_no_change():

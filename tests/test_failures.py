@@ -355,6 +355,52 @@ def test_a_discrete_latent_that_hangs_on_a_penalised_one(fails: bool) -> None:
     assert_gradients(model, own_guide, exact)
 
 
+def test_masked_latents_have_their_score() -> None:
+    """A mask leaves the latent out of the divergence; the loss hangs on it all the same."""
+    simulate = Simulator(Cliff(), loss=losses.mse)
+    mask = torch.tensor([True, False])
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("series", 2):
+            with pyro.poutine.mask(mask=mask):
+                theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            pyro.sample("x", simulate(theta), obs=y)
+
+    def own_guide(y: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor([-0.3, 0.2]))
+        with pyro.plate("series", 2), pyro.poutine.mask(mask=mask):
+            pyro.sample("theta", dist.Normal(loc, 0.6))
+
+    loc = torch.tensor([-0.3, 0.2], requires_grad=True)
+    total = sum(trapezoid(penalised_loss, one, 0.6) for one in loc) + W * 0.5 * loc[0] ** 2
+    (exact,) = torch.autograd.grad(total, loc)
+    assert_gradients(model, own_guide, {"loc": exact})
+
+
+def test_a_site_that_is_masked_out_has_no_loss() -> None:
+    simulate = Simulator(Cliff(), loss=losses.mse)
+
+    def model(y: Tensor) -> None:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        with pyro.plate("series", 2), pyro.poutine.mask(mask=torch.tensor([False, False])):
+            pyro.sample("x", simulate(theta.unsqueeze(-1).expand(*theta.shape, 2)[..., :]), obs=y)
+
+    elbo = GeneralizedELBO(W, num_particles=1, vectorize_particles=False)
+    elbo.loss_and_grads(model, guide, series(0.0, 0.0))
+    assert elbo.terms.loss == 0
+    assert elbo.terms.num_failed == 0
+
+
+def test_a_guide_with_random_numbers_outside_of_its_sites_cannot_penalise() -> None:
+    def dropping(y: Tensor) -> None:
+        loc = torch.nn.functional.dropout(pyro.param("loc", torch.ones(9))).sum()
+        pyro.sample("theta", dist.Normal(loc, 0.7))
+
+    elbo = GeneralizedELBO(W, on_failure="penalize", penalty=1.0, vectorize_particles=False)
+    with pytest.raises(ValueError, match=r"another density of 'theta' when it is run again at the same draws"):
+        elbo.loss_and_grads(model_of(Simulator(Cliff(), loss=losses.mse)), dropping, ONE)
+
+
 def test_a_mask_that_leaves_the_failing_draws_out_leaves_no_nan() -> None:
     simulate = Simulator(Cliff(), loss=losses.mse)
 
@@ -664,6 +710,37 @@ def test_the_exception_is_named_at_every_fit() -> None:
         for message in ("first", "second"):
             with pytest.raises(RuntimeError, match=rf"10 of 10 runs .* with 'ArithmeticError: {message}': there is"):
                 GeneralizedELBO(W).loss_and_grads(model_of(simulate), guide, ONE)
+
+
+@pytest.mark.parametrize("policy", ["drop", "penalize"])
+def test_failures_in_plates_whose_size_is_drawn(policy: Any) -> None:
+    """Of all elements of all particles those that did not fail are averaged over."""
+    seen: list[Tensor] = []
+
+    def fails_alone(theta: Tensor) -> Tensor:
+        seen.append(theta.detach())
+        return (theta if len(theta) > 1 else theta * math.nan).unsqueeze(-1).expand(-1, 2)
+
+    simulate = Simulator(fails_alone, loss=losses.mse)
+
+    def model(y: Tensor) -> None:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        size = 1 + int(theta > 0)
+        with pyro.plate("some", size):
+            pyro.sample("x", simulate(theta.expand(size)), obs=y)
+
+    penalty = 3.0 if policy == "penalize" else None
+    elbo = GeneralizedELBO(0.0, num_particles=8, vectorize_particles=False, on_failure=policy, penalty=penalty)
+    with quiet():
+        elbo.loss_and_grads(model, guide, ONE)
+    runs = seen[-8:]
+    alone = sum(len(theta) == 1 for theta in runs)
+    assert 0 < alone < 8
+    assert elbo.terms.num_failed == alone
+    survivors = torch.cat([(theta - Y).square() for theta in runs if len(theta) > 1])
+    number = sum(map(len, runs))
+    expected = survivors.mean() * number / 8 if penalty is None else (survivors.sum() + alone * penalty) / 8
+    torch.testing.assert_close(elbo.terms.loss, expected)
 
 
 def test_the_limit_is_for_evaluations_in_a_row() -> None:
