@@ -232,9 +232,8 @@ class GeneralizedELBO(ELBO):
         counts = [one.runs.sum() for one in failed]
         for one, count in zip(failed, counts, strict=True):
             if self.penalty is None and not one.in_backward:
-                loss = loss.masked_fill(
-                    (count == one.num_asked()) & (count > 0), math.nan
-                )  # there is nothing to average over
+                nothing_to_average = (count == one.num_asked()) & (count > 0)
+                loss = loss.masked_fill(nothing_to_average, math.nan)
         num_failed = _total(counts) if counts else torch.zeros((), dtype=torch.long)
         self.terms = Terms(loss, divergence, loss + divergence, num_failed)
         return self.terms

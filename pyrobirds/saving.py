@@ -124,11 +124,8 @@ class Saving:
             return
         offset = run.elbo.step - run.num_taken
         for step, saved in enumerate(run.columns["w"]):
-            if (w := run.elbo.weight(offset + step)) != saved:
-                raise ValueError(
-                    f"{self._file.path} is a checkpoint of another fit:\n  objective, w of step {step + 1}: {saved:g} "
-                    f"in the file, {w:g} here\nTo start anew delete the file, or take another path."
-                )
+            what = f"objective, w of step {step + 1}"
+            checkpoints.check_same(self._file.path, {what: saved}, {what: run.elbo.weight(offset + step)})
 
     @contextmanager
     def _unchanged_buffers(self) -> Iterator[None]:
