@@ -12,10 +12,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyrobirds import callbacks, divergences, losses, models, simulators
+    from pyrobirds import callbacks, diagnostics, divergences, losses, models, plots, simulators
     from pyrobirds.elbo import GeneralizedELBO
     from pyrobirds.fit_result import FitResult, StopReason
     from pyrobirds.fitting import fit
+    from pyrobirds.inference_data import to_inference_data
     from pyrobirds.simulators.simulator import Simulator
     from pyrobirds.tempering import tempered
 
@@ -27,12 +28,15 @@ __all__ = [
     "Simulator",
     "StopReason",
     "callbacks",
+    "diagnostics",
     "divergences",
     "fit",
     "losses",
     "models",
+    "plots",
     "simulators",
     "tempered",
+    "to_inference_data",
 ]
 
 # Names load their modules when first used: torch and Pyro take seconds to import, and who reads results needs neither.
@@ -43,6 +47,7 @@ _HOME = {
     "StopReason": "pyrobirds.fit_result",
     "fit": "pyrobirds.fitting",
     "tempered": "pyrobirds.tempering",
+    "to_inference_data": "pyrobirds.inference_data",
 }
 
 

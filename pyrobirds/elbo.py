@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import pyro
 import torch
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled, zero_grads
@@ -306,8 +305,10 @@ class GeneralizedELBO(ELBO):
         self, used_for: _Pass, batch: int, model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> _Run:
         """Draw and score, but for the simulators' failures, which are for all particles of a pass together."""
-        particles = _particles(batch, self.max_plate_nesting)
-        pair, rerun, known = (particles(model), particles(guide)), None, Dependence()
+        pair, rerun, known = (model, guide), None, Dependence()
+        if batch > 1:
+            particles = traces.particles(batch, int(self.max_plate_nesting) - 1)
+            pair = (particles(model), particles(guide))
         if self.divergence.analytic:  # before drawing, for transforms may remember their last draw alone
             known = self._dependence(model, guide, args, kwargs)
         if self.on_failure == "penalize" and used_for.loss and torch.is_grad_enabled():
@@ -398,13 +399,6 @@ class GeneralizedELBO(ELBO):
             ]
             surrogate = surrogate + share * scoring.score_function_term(costs, run.scores_at_fixed_draws)
         return _Evaluation(loss=loss, divergence=divergence, surrogate=surrogate, params=run.params)
-
-
-def _particles(batch: int, max_plate_nesting: float) -> Callable[[Fn], Fn]:
-    """Wraps a function so that it draws a whole batch of particles at once."""
-    if batch == 1:
-        return lambda fn: fn
-    return pyro.plate("num_particles_vectorized", batch, dim=-int(max_plate_nesting))
 
 
 def _cost(site: Any) -> Tensor:

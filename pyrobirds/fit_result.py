@@ -50,6 +50,7 @@ class FitResult:
             stationary over at least ten blocks of steps.
         best: the lowest smoothed total; NaN after less than 25 steps.
         w: the weight of the divergence at the last step; None with another ELBO.
+        divergence: its name, such as "KL"; None with another ELBO.
         seed: what ``fit`` was given.
         seconds: how long the fit took, all sessions together if it was resumed.
     """
@@ -64,6 +65,7 @@ class FitResult:
     standard_errors: Mapping[str, Tensor] | None
     best: float
     w: float | None
+    divergence: str | None
     seed: int | None
     seconds: float
     _tensors: Mapping[str, Tensor] = field(default_factory=dict)

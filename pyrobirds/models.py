@@ -30,7 +30,7 @@ def random_walk(
 
     .. math:: \theta \sim N(0, 1), \qquad x \sim \mathrm{random\_walk}(\theta).
 
-    Sites: ``theta``, log-odds, scalar; ``x``, the walk, shape ``(n_timesteps,)``, in steps.
+    Sites: ``theta``, log-odds, scalar; ``x``, the walk, shape ``(n_timesteps,)``, in steps, its dimension named ``time``.
 
     Args:
         y: the observed walk, shape ``(n_timesteps,)``; NaN where missing. Without it the model draws a walk.
@@ -50,4 +50,4 @@ def random_walk(
         True
     """
     theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
-    return pyro.sample("x", _walk(n_timesteps, tau, loss)(theta), obs=y)
+    return pyro.sample("x", _walk(n_timesteps, tau, loss)(theta), obs=y, infer={"event_dims": ["time"]})

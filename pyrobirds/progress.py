@@ -19,7 +19,7 @@ class Progress:
 
     def __init__(self, num_steps: int, done: int, *, show: bool) -> None:
         self._show = show
-        self._bar = tqdm(total=num_steps, initial=done, disable=not (show and _has_bar()))
+        self._bar = tqdm(total=num_steps, initial=done, disable=not (show and has_bar()))
         self._num_steps = num_steps
         self._last_line = time.monotonic()
         self._text = ""
@@ -58,6 +58,7 @@ class Progress:
         self._text, self._last_line = "", time.monotonic()
 
 
-def _has_bar() -> bool:
+def has_bar() -> bool:
+    """Whether there is a terminal or a notebook to show a bar in."""
     in_notebook = type(sys.stderr).__module__.startswith("ipykernel")
     return in_notebook or getattr(sys.stderr, "isatty", lambda: False)()

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyrobirds import checkpoints, traces, trained
 from pyrobirds._rng import forked_rng
 from pyrobirds.elbo import GeneralizedELBO
-from pyrobirds.training_run import TrainingRun, unconstrained
+from pyrobirds.training_run import TrainingRun
 
 _COUNTERS = ("step", "max_plate_nesting")  # of an objective
 
@@ -44,7 +44,7 @@ class Saving:
         # Model and guide make what they are made of from the generators as a fit finds them, here as in the first one.
         with poutine.trace(param_only=True) as capture, self._unchanged_buffers():
             traces.run(run.svi.model, run.svi.guide, run.args, run.kwargs)
-        found, parameters = unconstrained(capture.trace), state["parameters"]
+        found, parameters = traces.unconstrained(capture.trace), state["parameters"]
         checkpoints.check_same(self._file.path, state["settings"], self._all_settings())
         if missing := sorted(parameters.keys() - found.keys()):
             raise ValueError(

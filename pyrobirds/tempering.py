@@ -61,3 +61,11 @@ def tempered(model: Callable[..., Any], w: float) -> Callable[..., Any]:
         True
     """
     return _TemperMessenger(_checks.positive("w", w))(model)
+
+
+def untempered(model: Callable[..., Any]) -> tuple[Callable[..., Any], float | None]:
+    """The model inside :func:`tempered`, and its ``w``; of another model itself and None."""
+    args = getattr(getattr(model, "func", None), "args", ())
+    if args and isinstance(args[0], _TemperMessenger):
+        return args[1], args[0].w
+    return model, None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer.util import is_validation_enabled
@@ -110,6 +111,11 @@ def _with_detached_draws(trace: Trace) -> Trace:
     return fixed
 
 
+def particles(n: int, nesting: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Wraps a function so that it draws a batch of n particles at once, left of its plates, which nest so deep."""
+    return pyro.plate("num_particles_vectorized", n, dim=-nesting - 1)
+
+
 def plate_nesting(
     model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> int:
@@ -124,7 +130,12 @@ def plate_nesting(
         for trace in pair:
             for site in sample_sites(trace).values():
                 check_site_shape(site if "log_prob" in site else _with_shape(site), _ANY_NESTING)
-    frames = [frame for trace in pair for site in sample_sites(trace).values() for frame in site["cond_indep_stack"]]
+    return max(depth(trace) for trace in pair)
+
+
+def depth(trace: Trace) -> int:
+    """How deep the plates of a trace nest."""
+    frames = [frame for site in sample_sites(trace).values() for frame in site["cond_indep_stack"]]
     return -min((frame.dim for frame in frames if frame.vectorized), default=0)
 
 
@@ -179,6 +190,11 @@ def params(trace: Trace) -> list[Tensor]:
     """What there is to train: the unconstrained parameters."""
     values = [site["value"] for site in trace.nodes.values() if site["type"] == "param"]
     return [value.unconstrained() for value in values]  # type: ignore[union-attr]
+
+
+def unconstrained(trace: Trace) -> dict[str, Tensor]:
+    """The unconstrained parameters by name, of a trace of parameters alone."""
+    return {name: site["value"].unconstrained() for name, site in trace.nodes.items()}  # type: ignore[union-attr]
 
 
 def sample_sites(trace: Trace) -> dict[str, Any]:

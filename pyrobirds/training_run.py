@@ -16,10 +16,10 @@ from pyro.infer import SVI
 from pyro.infer.util import torch_item, zero_grads
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
-from pyro.poutine import Trace
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # exported at runtime
 
+from pyrobirds import traces
 from pyrobirds.averaging import IterateAverage
 from pyrobirds.callbacks import Step
 from pyrobirds.descent import Descent
@@ -88,7 +88,7 @@ class TrainingRun:
         for _ in range(num_steps):
             with poutine.trace(param_only=True) as capture:
                 divergence = alone.loss_and_grads(self.svi.model, self.svi.guide, *self.args, **self.kwargs)
-            tensors = [*unconstrained(capture.trace).values()]
+            tensors = [*traces.unconstrained(capture.trace).values()]
             norm = _norm(tensors)
             if not (math.isfinite(divergence) and bool(norm.isfinite())):
                 zero_grads(tensors)
@@ -130,7 +130,7 @@ class TrainingRun:
         svi = self.svi
         with poutine.trace(param_only=True) as capture:
             total = _number(svi.loss_and_grads(svi.model, svi.guide, *self.args, **self.kwargs))
-        found = unconstrained(capture.trace)
+        found = traces.unconstrained(capture.trace)
         if self.parameters.take(found):
             self.last = self.parameters.flat()
             self._begin_judging()
@@ -281,6 +281,7 @@ class TrainingRun:
             standard_errors=None if errors is None else self.parameters.by_name(errors),
             best=self.descent.best if math.isfinite(self.descent.best) else math.nan,
             w=self.columns["w"][-1] if self.elbo else None,
+            divergence=type(self.elbo.divergence).__name__ if self.elbo else None,
             seed=seed,
             seconds=self.seconds,
             _tensors={**self.parameters.tensors},
@@ -317,8 +318,3 @@ def _first_sentence(error: Exception) -> str:
     """What torch says, without the values."""
     lines = [line for line in str(error).splitlines() if "Expected " in line]
     return lines[0].split(" (")[0].removeprefix("Expected ") if lines else str(error).splitlines()[0]
-
-
-def unconstrained(trace: Trace) -> dict[str, Tensor]:
-    """The parameters of a trace by name, as the optimiser sees them."""
-    return {name: site["value"].unconstrained() for name, site in trace.nodes.items()}  # type: ignore[union-attr]

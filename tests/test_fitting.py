@@ -643,7 +643,7 @@ def test_bar_shows_what_the_tutorial_prints(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.setattr("pyrobirds.progress._has_bar", lambda: True)
+    monkeypatch.setattr("pyrobirds.progress.has_bar", lambda: True)
     y = models.random_walk(n_timesteps=10)
     svi = SVI(models.random_walk, AutoNormal(models.random_walk), Adam({"lr": 0.05}), GeneralizedELBO(w=10))
     result = fit(svi, y, num_steps=30, model_kwargs={"n_timesteps": 10})

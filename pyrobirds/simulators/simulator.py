@@ -5,9 +5,10 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, TypedDict
+from zlib import crc32
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -145,20 +146,20 @@ class Simulator:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Bind parameters: a distribution, or a dict of them that share one run if there are several outputs."""
-        run = Run(self, self._parameters.bind(args, kwargs))
+        run = Run(self, self._parameters.bind(args, kwargs), self.seed)
         return run.site(None) if None in self.losses else run
 
     def __repr__(self) -> str:
         return f"Simulator({self.name})"
 
-    def simulate(self, theta: Theta, batch_shape: torch.Size, *, scored: bool) -> Simulated:
+    def simulate(self, run: Run, batch_shape: torch.Size, *, scored: bool) -> Simulated:
         """Run the function once for a whole batch."""
         if self.scores_inside:
             raise ValueError(
                 f"a site of Simulator.from_loss({self.name}) can be scored but not drawn, for it has no output: pass "
                 "the data, or make it of a simulator and a loss, Simulator(fn, loss)"
             )
-        called = self._call(theta, batch_shape, scored=scored)
+        called = self._call(run, batch_shape, scored=scored)
         outputs = {}
         for output, x in self._by_output(called.result).items():
             what = f"what {self.name} returned" if output is None else f"output {output!r} of {self.name}"
@@ -176,7 +177,7 @@ class Simulator:
         if self.scores_inside:
             what, remedy = f"the loss {self.name!r}", "a loss of ONE draw needs batched=False"
             y = contract.expand_data(site, y, contract.event_shape_of(site, y, self.event_dims[output]), batch_shape)
-            called = self._call(run.theta, batch_shape, y, scored=True)
+            called = self._call(run, batch_shape, y, scored=True)
             value, worked = called.result, called.worked
         else:
             loss = self.losses[output]
@@ -199,13 +200,14 @@ class Simulator:
             self._once(("draws", output, several), lambda: contract.check_loss_gradient(what, value, worked, inputs))
         return Score(torch.where(worked, value, torch.nan), worked, called.backward)
 
-    def _call(self, theta: Theta, batch_shape: torch.Size, y: Tensor | None = None, *, scored: bool) -> Called:
+    def _call(self, run: Run, batch_shape: torch.Size, y: Tensor | None = None, *, scored: bool) -> Called:
         """Call the function once for a whole batch; what it raises is a failure, unless it never worked."""
-        backward = contract.Backward()
+        theta, backward = run.theta, contract.Backward()
         flat = contract.guard(backward, theta.flat(batch_shape))
         args, kwargs = self._parameters.with_data(*theta.arguments(flat), y)
         n, raised = batch_shape.numel(), None
-        with self._noise(scored):
+        frozen = scored and run.seed is not None
+        with forked_rng(run.seed) if frozen else nullcontext():
             if isinstance(self._fn, Unbatched):
                 result, raised = self._fn(*args, **kwargs)
             else:
@@ -254,9 +256,6 @@ class Simulator:
         if name not in self._checked and check():
             self._checked.add(name)
 
-    def _noise(self, scored: bool) -> AbstractContextManager[None]:
-        return forked_rng(self.seed) if scored and self.seed is not None else nullcontext()
-
     def _by_output(self, result: Any) -> dict[str | None, Any]:
         if None in self.losses:
             if isinstance(result, Mapping):
@@ -296,12 +295,34 @@ class Score(NamedTuple):
 
 
 class Run(Mapping[str, "SimulatorSite"]):
-    """Parameters bound to a simulator: its sites by output, which share a simulation."""
+    """Parameters bound to a simulator: its sites by output, which share a simulation.
 
-    def __init__(self, simulator: Simulator, theta: Theta) -> None:
+    Args:
+        simulator: the simulator.
+        theta: the parameters.
+        seed: of the noise of what is scored, if that is frozen.
+        repeats: ``(m,)`` if what is scored is the mean of m simulations, else ``()``.
+    """
+
+    def __init__(self, simulator: Simulator, theta: Theta, seed: int | None, repeats: Sequence[int] = ()) -> None:
         self.simulator = simulator
         self.theta = theta
+        self.seed = seed
+        self.repeats = torch.Size(repeats)
         self._unserved: dict[Any, Simulated] = {}
+        self._repeated: dict[Any, Run] = {}
+
+    def repeated(self, num_repeats: int, seed: int | None, name: str) -> Run:
+        """The run with as many times the simulations to a draw: one for all outputs, so that they still share it.
+
+        What is frozen hangs on the name of the site that asks first, else several sites would have the same noise.
+        """
+        key = num_repeats, seed
+        if key not in self._repeated:
+            own = self.seed if seed is None else crc32(f"{seed} {name}".encode())
+            repeats = torch.Size([self.repeats.numel() * num_repeats])
+            self._repeated[key] = Run(self.simulator, self.theta, own, repeats)
+        return self._repeated[key]
 
     def site(self, output: str | None) -> SimulatorSite:
         return SimulatorSite(self, output, self.theta.batch_shape)
@@ -312,9 +333,9 @@ class Run(Mapping[str, "SimulatorSite"]):
         It is that of the last simulation if that has not served it yet, else of a new one.
         """
         # Runs without gradients, and runs with random noise where it is to be frozen, are of no use to the other kind.
-        kind = (batch_shape, torch.is_grad_enabled(), scored and self.simulator.seed is not None)
+        kind = (batch_shape, torch.is_grad_enabled(), scored and self.seed is not None)
         if kind not in self._unserved or output not in self._unserved[kind].outputs:
-            self._unserved[kind] = self.simulator.simulate(self.theta, batch_shape, scored=scored)
+            self._unserved[kind] = self.simulator.simulate(self, batch_shape, scored=scored)
         outputs, called = self._unserved[kind]
         return outputs.pop(output), called
 
@@ -333,7 +354,8 @@ class Run(Mapping[str, "SimulatorSite"]):
 class SimulatorSite(TorchDistribution):
     """The distribution of one output of a simulator with bound parameters; its log-probability is minus the loss.
 
-    The log-probability of a run that failed is NaN, and its gradient zero.
+    The log-probability of a run that failed is NaN, and its gradient zero. If the site is
+    :func:`~pyrobirds.simulators.repeated`, the loss is the mean over those of a draw's runs that did not fail.
     """
 
     can_fail = True  # NaN in its log-probability is a run that failed
@@ -344,7 +366,7 @@ class SimulatorSite(TorchDistribution):
         self.run = run
         self.output = output
         self._drawn: Tensor | None = None
-        self._scored: tuple[Tensor, contract.Backward] | None = None
+        self._scored: tuple[Tensor, contract.Backward] | None = None  # which runs worked, (m, *batch)
         super().__init__(batch_shape, validate_args=False)
 
     @property
@@ -362,6 +384,11 @@ class SimulatorSite(TorchDistribution):
         )
 
     @property
+    def can_be_drawn(self) -> bool:
+        """Whether there is an output to draw."""
+        return not self.run.simulator.scores_inside
+
+    @property
     def cause(self) -> str:
         """The exception that made runs of the simulator's last call fail, in words; empty if it raised none."""
         return self.run.simulator.last_exception
@@ -371,10 +398,13 @@ class SimulatorSite(TorchDistribution):
         """The simulator, its loss and those settings that are numbers or words: what a checkpoint is recognised by."""
         simulator = self.run.simulator
         loss = "" if simulator.scores_inside else f", {_name(simulator.losses[self.output])}"
-        settings = {
+        settings: dict[str, Any] = {
             name: value for name, value in simulator.settings.items() if isinstance(value, bool | int | float | str)
         }
-        words = "".join(f", {name}={value!r}" for name, value in {**settings, "seed": simulator.seed}.items())
+        settings["seed"] = self.run.seed
+        if self.run.repeats:
+            settings["num_repeats"] = self.run.repeats.numel()
+        words = "".join(f", {name}={value!r}" for name, value in settings.items())
         return f"Simulator({simulator.name}{loss}{words})"
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> SimulatorSite:
@@ -396,13 +426,21 @@ class SimulatorSite(TorchDistribution):
                 f"{self!r} is scored at its own draw. In a model that means that it has no data: pass them, e.g. "
                 "svi.step(y). To score a draw on purpose, score a clone() of it"
             )
-        score = self.run.simulator.score(self.run, self.output, self.batch_shape, value)
-        self._scored = score.worked, score.backward
-        return -score.loss.reshape(self.batch_shape)
+        runs = self.run.repeats + self.batch_shape
+        score = self.run.simulator.score(self.run, self.output, runs, value)
+        worked = score.worked.reshape(self.run.repeats.numel(), *self.batch_shape)
+        self._scored = worked, score.backward
+        loss = score.loss.reshape(runs)
+        return -(_mean_of_survivors(loss, worked) if self.run.repeats else loss)
+
+    @property
+    def num_failed(self) -> Tensor | None:
+        """How many runs of each draw failed in the last ``log_prob``, in its ``batch_shape``; None before it."""
+        return None if self._scored is None else (~self._scored[0]).sum(0)
 
     @property
     def gradient_failed(self) -> Tensor | None:
-        """Which runs had not failed, but have a gradient that is not finite and was replaced by zero.
+        """Which draws have a run that had not failed, but whose gradient is not finite and was replaced by zero.
 
         As of the backward pass through the last ``log_prob``, a bool tensor of ``batch_shape``; None before it.
         """
@@ -411,11 +449,17 @@ class SimulatorSite(TorchDistribution):
         worked, backward = self._scored
         if backward.failed is None:
             return None
-        return (backward.failed.to(worked.device) & worked).reshape(self.batch_shape)
+        return (backward.failed.to(worked.device).reshape(worked.shape) & worked).any(0)
 
     def __repr__(self) -> str:
         output = "" if self.output is None else f", output={self.output!r}"
         return f"{self.run.simulator!r}(batch_shape={tuple(self.batch_shape)}{output})"
+
+
+def _mean_of_survivors(loss: Tensor, worked: Tensor) -> Tensor:
+    """Over the first dimension; NaN where no run worked."""
+    mean = torch.where(worked, loss, 0).sum(0) / worked.sum(0).clamp(min=1)
+    return torch.where(worked.any(0), mean, torch.nan)
 
 
 def _name(fn: Any) -> str:
