@@ -44,6 +44,7 @@ def dataset(
     variables: Mapping[str, Variable],
     coords: Mapping[str, ArrayLike] | None = None,
     attrs: Mapping[str, Any] | None = None,
+    coord_attrs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> xr.Dataset:
     """A group of ArviZ.
 
@@ -55,6 +56,7 @@ def dataset(
         coords: labels by dimension; those of dimensions that do not occur are ignored. A dimension without labels is
             numbered from 0.
         attrs: of the group.
+        coord_attrs: attributes of labels, such as their ``units``, by dimension; others are ignored.
 
     Raises:
         ValueError: names clash, lengths do not agree, or an attribute cannot be written to a netCDF file.
@@ -78,9 +80,10 @@ def dataset(
         if values.shape != (sizes[dim],):
             raise ValueError(f"coords[{dim!r}] must have shape ({sizes[dim]},), as the data do, got {values.shape}")
     sampled = any(variable.dims[:2] == SAMPLE_DIMS for variable in named.values())
+    of_labels = {dims[dim]: _plain_attributes(of_dim) for dim, of_dim in (coord_attrs or {}).items() if dim in dims}
     return xr.Dataset(
         {name: (variable.dims, variable.values, variable.attrs) for name, variable in named.items()},
-        {dim: labels.get(dim, np.arange(size)) for dim, size in sizes.items()},
+        {dim: (dim, labels.get(dim, np.arange(size)), of_labels.get(dim, {})) for dim, size in sizes.items()},
         {**_plain_attributes(attrs or {}), **({"sample_dims": [*SAMPLE_DIMS]} if sampled else {})},
     )
 

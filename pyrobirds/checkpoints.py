@@ -417,7 +417,7 @@ def check_same(path: str | os.PathLike[str], saved: Mapping[str, Any], current: 
         >>> check_same("fit.pt", {"guide": "AutoNormal", "elbo": {"w": 1}}, {"guide": "AutoDelta", "elbo": {"w": 2}})
         Traceback (most recent call last):
             ...
-        ValueError: fit.pt is a checkpoint of another fit:
+        ValueError: fit.pt is a checkpoint of another run:
           guide: AutoNormal in the file, AutoDelta here
           elbo, w: 1 in the file, 2 here
         To start anew delete the file, or take another path.
@@ -425,7 +425,7 @@ def check_same(path: str | os.PathLike[str], saved: Mapping[str, Any], current: 
     if found := [*_differences(saved, current)]:
         lines = "".join(f"\n  {difference}" for difference in found)
         raise ValueError(
-            f"{os.fspath(path)} is a checkpoint of another fit:{lines}\n"
+            f"{os.fspath(path)} is a checkpoint of another run:{lines}\n"
             "To start anew delete the file, or take another path."
         )
 

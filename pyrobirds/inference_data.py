@@ -57,6 +57,7 @@ def to_inference_data(
     fit: FitResult | Sequence[FitResult] | None = None,
     coords: Mapping[str, ArrayLike] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
+    attrs: Mapping[str, Mapping[str, Any]] | None = None,
     groups: Collection[str] | None = None,
     unconstrained: bool = False,
     num_repeats: int = 1,
@@ -109,6 +110,8 @@ def to_inference_data(
             that the result is in (``fit.state``), whatever became of them since.
         coords: labels of dimensions.
         dims: names of the dimensions by site: those of the event, or all of them.
+        attrs: attributes of sites and dimensions by name, such as ``{"x": {"units": "people"}}``; pictures show
+            ``long_name`` and ``units``.
         groups: which groups to make. None: all that can be had.
         unconstrained: add ``unconstrained_posterior``, the latents mapped to unconstrained space.
         num_repeats: how many runs of the simulators the loss of a draw is averaged over.
@@ -176,19 +179,15 @@ def to_inference_data(
                 simulate = "prior_predictive" in wanted
                 prior = runs.of_prior(one, num_samples, required=groups is not None, simulate=simulate)
     _warn_of_failures(contents)
-    made = Variables(sites, origin, dims or {}).all(contents, prior)
-    _check_coords(coords or {}, made)
-    attrs = _attrs_of_groups(sites, origin, runs, made)
-    return arviz_groups.collect(
-        {
-            name: arviz_groups.dataset(
-                made[name], step_numbers(origin.fits) if name == "history" else coords, attrs.get(name)
-            )
-            for name in (*GROUPS, _UNCONSTRAINED)
-            if name in wanted and name in made
-        },
-        _attrs_of_root(origin, runs, seed),
-    )
+    made = Variables(sites, origin, dims or {}, attrs or {}).all(contents, prior)
+    _check_names(coords or {}, attrs or {}, sites, made)
+    of_groups, of_steps = _attrs_of_groups(sites, origin, runs, made), step_numbers(origin.fits)
+    datasets = {
+        name: arviz_groups.dataset(made[name], of_steps if name == "history" else coords, of_groups.get(name), attrs)
+        for name in (*GROUPS, _UNCONSTRAINED)
+        if name in wanted and name in made
+    }
+    return arviz_groups.collect(datasets, _attrs_of_root(origin, runs, seed))
 
 
 def _wanted(groups: Collection[str] | None, unconstrained: bool) -> frozenset[str]:
@@ -220,10 +219,17 @@ def _warn_of_failures(contents: list[Contents]) -> None:
         )
 
 
-def _check_coords(coords: Mapping[str, ArrayLike], made: Mapping[str, Mapping[str, Variable]]) -> None:
-    known = {dim: None for variables in made.values() for variable in variables.values() for dim in variable.dims}
-    if unknown := [dim for dim in coords if dim not in known]:
-        raise ValueError(f"coords names {unknown}, the dimensions are {[*known]}: name those of a site by dims")
+def _check_names(
+    coords: Mapping[str, ArrayLike],
+    attrs: Mapping[str, Mapping[str, Any]],
+    sites: Mapping[str, Site],
+    made: Mapping[str, Mapping[str, Variable]],
+) -> None:
+    dims = {dim: None for variables in made.values() for variable in variables.values() for dim in variable.dims}
+    if unknown := [dim for dim in coords if dim not in dims]:
+        raise ValueError(f"coords names {unknown}, the dimensions are {[*dims]}: name those of a site by dims")
+    if unknown := [name for name in attrs if name not in dims and name not in sites]:
+        raise ValueError(f"attrs names {unknown}, the sites are {[*sites]}, the dimensions {[*dims]}")
 
 
 def _attrs_of_groups(

@@ -18,6 +18,7 @@ from pyrobirds.group_contents import Contents
 from pyrobirds.origins import Origin
 from pyrobirds.sampling import Site
 
+_OF_VALUES = {"posterior", "posterior_predictive", "prior", "prior_predictive", "observed_data"}  # in a site's units
 _LONG_NAMES = {
     "lp": "log-density of the generalised posterior, not normalised",
     "log_q": "log-density of the guide",
@@ -96,8 +97,14 @@ def _axes(site: Site, given: Sequence[str] | None) -> dict[int, str]:
 class Variables:
     """The groups as arrays with named dimensions."""
 
-    def __init__(self, sites: Mapping[str, Site], origin: Origin, dims: Mapping[str, Sequence[str]]) -> None:
-        self._sites, self._origin, self._dims = sites, origin, dims
+    def __init__(
+        self,
+        sites: Mapping[str, Site],
+        origin: Origin,
+        dims: Mapping[str, Sequence[str]],
+        attrs: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        self._sites, self._origin, self._dims, self._attrs = sites, origin, dims, attrs
         self._constants = _constants(origin, [site.value for site in sites.values() if site.kind == "observed"])
         if unknown := [name for name in dims if name not in sites and name not in self._constants]:
             raise ValueError(f"dims names {unknown}, the sites are {[*sites]}, constant data {[*self._constants]}")
@@ -123,6 +130,10 @@ class Variables:
             for name, site in self._sites.items()
             if site.kind == "observed"
         }
+        for group in _OF_VALUES & made.keys():
+            made[group] = {
+                name: variable._replace(attrs=self._attrs.get(name, {})) for name, variable in made[group].items()
+            }
         made["constant_data"] = {
             name: Variable(value, _constant_dims(name, value, self._dims.get(name)))
             for name, value in self._constants.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -30,7 +31,7 @@ def random_walk(
 
     .. math:: \theta \sim N(0, 1), \qquad x \sim \mathrm{random\_walk}(\theta).
 
-    Sites: ``theta``, log-odds, scalar; ``x``, the walk, shape ``(n_timesteps,)``, in steps, its dimension named ``time``.
+    Sites: ``theta``, log-odds, scalar; ``x``, the walk, shape ``(n_timesteps,)``, dimension ``time``, in steps.
 
     Args:
         y: the observed walk, shape ``(n_timesteps,)``; NaN where missing. Without it the model draws a walk.
@@ -50,4 +51,5 @@ def random_walk(
         True
     """
     theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
-    return pyro.sample("x", _walk(n_timesteps, tau, loss)(theta), obs=y, infer={"event_dims": ["time"]})
+    names: Any = {"event_dims": ["time"]}  # a key that Pyro does not know
+    return pyro.sample("x", _walk(n_timesteps, tau, loss)(theta), obs=y, infer=names)

@@ -576,7 +576,7 @@ def model(y, prior=dist.Normal(0.0, 1.0), num_series=3):  # noqa: B008
 
 def changes(saved: dict, current: dict) -> str:
     """What the user reads of two descriptions, without the frame."""
-    with pytest.raises(ValueError, match=r"^fit\.pt is a checkpoint of another fit:\n") as caught:
+    with pytest.raises(ValueError, match=r"^fit\.pt is a checkpoint of another run:\n") as caught:
         check_same("fit.pt", saved, current)
     _, *lines, last = str(caught.value).split("\n")
     assert last == "To start anew delete the file, or take another path."

@@ -704,7 +704,7 @@ def test_a_callback_that_cannot_be_closed_loses_nothing() -> None:
 def test_callbacks_are_closed_if_the_fit_cannot_begin(tmp_path: Path) -> None:
     watching = Watching()
     fit(make(GeneralizedELBO()), torch.tensor(0.0), num_steps=1, progress=False, checkpoint=tmp_path / "fit.pt")
-    with pytest.raises(ValueError, match="checkpoint of another fit"):
+    with pytest.raises(ValueError, match="checkpoint of another run"):
         fit(
             make(GeneralizedELBO(2)),
             torch.tensor(0.0),

@@ -15,15 +15,21 @@ PACKAGE = ROOT / "pyrobirds"
 
 # A module may import the layers below its own.
 LAYERS = (
-    {"_checks", "_rng", "closed_forms", "descent", "interrupts", "trained"},
-    {"averaging", "callbacks", "fit_result", "traces"},
+    {"_checks", "_rng", "arviz_groups", "closed_forms", "descent", "interrupts", "trained"},
+    {"averaging", "callbacks", "fit_result", "traces"}
+    | {"diagnostics.coverage_result", "diagnostics.importance", "plots.panels", "series"},
     {"checkpoints", "dependence", "divergences", "failures", "losses", "tempering"}
+    | {"diagnostics.predictive", "plots.draws", "plots.steps", "plots.trust"}
     | {"simulators.contract", "simulators.parameters", "simulators.relaxations", "simulators.unbatched"},
-    {"progress", "scoring"},
+    {"plots", "progress", "scoring"},
     {"elbo", "simulators.simulator"},
-    {"models", "simulators", "simulators.random_walk", "training_run"},
-    {"saving"},
-    {"fitting"},
+    {"models", "sampling", "simulators", "simulators.random_walk", "simulators.repeats", "training_run"},
+    {"group_contents", "saving"},
+    {"origins"},
+    {"labelling"},
+    {"inference_data"},
+    {"diagnostics.calibration", "diagnostics.nuts", "fitting"},
+    {"diagnostics"},
 )
 # Imports within a layer: (importer, prefix of what it may import).
 SIDEWAYS = (("models", "simulators"), ("simulators", "simulators."))

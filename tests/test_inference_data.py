@@ -272,6 +272,7 @@ class TestDimensions:
             num_samples=3,
             dims={"share": ["party"], "x": ["groups", "item"], "v": ["item", "direction"]},
             coords={"party": ["a", "b", "c"], "item": [10, 20, 30, 40, 50]},
+            attrs={"y": {"units": "people"}, "item": {"long_name": "shop"}},
             model_kwargs={"n_groups": 4},
         )
         posterior = group(data, "posterior")
@@ -280,6 +281,10 @@ class TestDimensions:
         assert group(data, "observed_data")["y"].sel(item=20).shape == (4,)
         assert group(data, "constant_data")["x"].dims == ("groups", "item")
         assert int(group(data, "constant_data")["n_groups"]) == 4
+        for name in ("observed_data", "posterior_predictive", "prior_predictive"):
+            assert group(data, name)["y"].attrs == {"units": "people"}
+            assert group(data, name)["item"].attrs == {"long_name": "shop"}
+        assert "units" not in group(data, "log_likelihood")["y"].attrs
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -288,6 +293,7 @@ class TestDimensions:
             ({"dims": {"y": ["a"]}}, r"dims\['y'\] must name the 0 dimensions of its event, or all 2"),
             ({"dims": {"x": ["a"]}}, r"dims\['x'\] must name its 2 dimensions"),
             ({"dims": {"share": "party"}}, r"dims\['share'\] must name the 1 dimensions .*got 'party'"),
+            ({"attrs": {"nonsense": {}}}, r"attrs names \['nonsense'\], the sites are .* the dimensions .*'item'"),
             ({"coords": {"party": [1]}}, r"coords names \['party'\], the dimensions are .*'share_dim_0'"),
             ({"coords": {"item": [1]}}, r"coords\['item'\] must have shape \(5,\)"),
         ],

@@ -158,7 +158,7 @@ def test_the_checkpoint_of_another_fit_is_refused(
 
     once(there)
     before = (tmp_path / "fit.pt").read_bytes()
-    with pytest.raises(ValueError, match=rf"(?s)fit.pt is a checkpoint of another fit.*{named}.*delete the file"):
+    with pytest.raises(ValueError, match=rf"(?s)fit.pt is a checkpoint of another run.*{named}.*delete the file"):
         once(here)
     assert (tmp_path / "fit.pt").read_bytes() == before
 

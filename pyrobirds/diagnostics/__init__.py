@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyrobirds.diagnostics.calibration import Coverage, coverage
+    from pyrobirds.diagnostics.calibration import coverage
+    from pyrobirds.diagnostics.coverage_result import Coverage
     from pyrobirds.diagnostics.importance import Psis, psis
     from pyrobirds.diagnostics.nuts import compare_with_nuts
     from pyrobirds.diagnostics.predictive import predictive_check
@@ -15,7 +16,7 @@ __all__ = ["Coverage", "Psis", "compare_with_nuts", "coverage", "predictive_chec
 
 # Lazy like the root: psis and predictive_check read results, for which torch need not be there.
 _HOME = {
-    "Coverage": "calibration",
+    "Coverage": "coverage_result",
     "Psis": "importance",
     "compare_with_nuts": "nuts",
     "coverage": "calibration",
