@@ -8,37 +8,33 @@ theta is N(0, 1), and the posterior is the Gaussian q that minimises E_q[loss] +
 """
 
 import csv
-from functools import partial
 from pathlib import Path
 
+import arviz as az
 import matplotlib.pyplot as plt
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
-from pyro.infer import SVI, Predictive
+from pyro.infer import SVI
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam
 from torch.distributions import Normal, kl_divergence
 
-from pyrobirds import GeneralizedELBO, fit, models
+from pyrobirds import GeneralizedELBO, Simulator, diagnostics, fit, losses, models, plots, to_inference_data
 from pyrobirds.simulators import random_walk
 
 EXAMPLES = Path(__file__).resolve().parent
 OUTPUT = EXAMPLES / "output"
 W = 100  # weight of the divergence, in units of the loss: squared steps
 PRIOR = Normal(torch.tensor(0.0), torch.tensor(1.0))
-
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-BLACK, GREY, BLUE, ORANGE, VERMILLION = "#000000", "#767676", "#0072B2", "#E69F00", "#D55E00"
+UNITS = {"x": {"units": "steps"}, "time": {"units": "steps"}, "theta": {"units": "log-odds of a step up"}}
 STYLE = {
     "figure.figsize": (6.4, 4.0),
     "figure.dpi": 150,
-    "figure.constrained_layout.use": True,
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "legend.frameon": False,
-    "legend.handlelength": 1.5,
 }
 
 
@@ -59,13 +55,24 @@ def synthetic_walk():
 
     print(f"(a) A synthetic walk of 100 values, theta = logit(0.2) = {theta_true:.3f}, w = {W}")
     guide, result = calibrate(models.random_walk, y, num_particles=10)
-    posterior = posterior_of(guide)
-    report(posterior, result, y)
+    report(guide, result, y)
 
-    plot_data(y)
-    plot_losses(result, sum(exact_terms(best_gaussian(y), y)))
-    plot_posterior(posterior, theta_true)
-    plot_predictive(draw_walks(models.random_walk, guide), y)
+    data = to_inference_data(models.random_walk, guide, y, fit=result, num_repeats=100, attrs=UNITS)
+    print(az.summary(data, kind="stats"))
+    save(arviz_predictive(data), "random_walk_arviz.png")
+
+    save(plots.predictive(data)[0], "random_walk_predictive.png", "The data among walks from the posterior")
+    posterior = plots.prior_posterior(data, true_values={"theta": theta_true})[0]
+    save(posterior, "random_walk_posterior.png", "Prior and posterior")
+    curves = plots.losses(data)
+    curves.axhline(sum(exact_terms(best_gaussian(y), y)), color="#D55E00", linestyle="--", label="exact optimum")
+    curves.legend(frameon=False)
+    save(curves, "random_walk_losses.png", "The objective while fitting")
+
+    # How far can it be trusted?
+    print(diagnostics.predictive_check(data)[["observed", "mean", "q05", "q95", "p_upper"]].round(2))
+    print(diagnostics.psis(data, seed=0))
+    save(plots.khat(data), "random_walk_khat.png")
 
 
 def calibrate(model, y, num_particles):
@@ -77,15 +84,11 @@ def calibrate(model, y, num_particles):
     return guide, result
 
 
-def posterior_of(guide):
-    """The guide's Gaussian over theta."""
-    return Normal(guide.locs.theta.detach(), guide.scales.theta.detach())
-
-
-def draw_walks(model, guide):
-    """Walks simulated with parameters from the posterior, shape (1000, T)."""
-    with torch.no_grad():
-        return Predictive(model, guide=guide, num_samples=1000, parallel=True)()["x"]
+def arviz_predictive(data):
+    """ArviZ's own predictive plot: the distribution of all values of the data and of simulations."""
+    if int(az.__version__.split(".")[0]) < 1:
+        return az.plot_ppc(data, num_pp_samples=100)
+    return az.plot_ppc_dist(data).viz["plot"]["x"].item()
 
 
 # For this model the objective of a Gaussian is known exactly, so that we can tell how good the fit is.
@@ -120,8 +123,9 @@ def best_gaussian(y):
     return Normal(at[0].detach(), at[1].exp().detach())
 
 
-def report(posterior, result, y):
+def report(guide, result, y):
     """Print the terms of the objective: exactly, next to the exact optimum."""
+    posterior = Normal(guide.locs.theta.detach(), guide.scales.theta.detach())
     best = best_gaussian(y)
     first, last = result.window
     print(f"    {result.num_steps} steps: {result.stop_reason.value}")
@@ -137,61 +141,6 @@ def print_row(name, q, loss, divergence):
     print(f"    {name:<27} {q.mean:7.3f} {q.stddev:7.3f} {loss:7.2f} {divergence:7.2f} {loss + divergence:7.2f}")
 
 
-def plot_data(y):
-    fig, ax = plt.subplots()
-    ax.plot(y, color=BLACK)
-    ax.set(title="The data: steps up have probability 0.2", xlabel="time (steps)", ylabel="position (steps)")
-    save(fig, "random_walk_data.png")
-
-
-def plot_losses(result, optimum):
-    fig, ax = plt.subplots()
-    history = result.history
-    step = np.arange(1, result.num_steps + 1)
-    ax.plot(step, history["total"], color=BLACK, label="total")
-    ax.plot(step, history["loss"], color=BLUE, label="loss")
-    ax.plot(step, history["divergence"], color=ORANGE, label="w KL(q || prior)")
-    ax.axhline(optimum, color=VERMILLION, linestyle="--", label="exact optimum of the total")
-    ax.set(title="The objective while fitting", xlabel="optimisation step", ylabel="squared steps", yscale="log")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.legend()
-    save(fig, "random_walk_losses.png")
-
-
-def plot_posterior(posterior, theta_true):
-    fig, ax = plt.subplots()
-    theta = torch.linspace(-3.5, 3.5, 500)
-    draw_densities(ax, theta, PRIOR.log_prob(theta).exp(), posterior.log_prob(theta).exp())
-    ax.axvline(theta_true, color=VERMILLION, linestyle="--", label="true value")
-    ax.set(title="Prior and posterior", xlabel="theta (log-odds of a step up)", ylabel="density", ylim=(0, None))
-    ax.legend()
-    save(fig, "random_walk_posterior.png")
-
-
-def draw_densities(ax, at, prior, posterior):
-    for density, colour, name in ((prior, GREY, "prior"), (posterior, BLUE, "posterior")):
-        ax.plot(at, density, color=colour, label=name)
-        ax.fill_between(at, density, color=colour, alpha=0.2, linewidth=0)
-
-
-def plot_predictive(walks, y):
-    fig, ax = plt.subplots()
-    draw_predictive(ax, walks, y)
-    ax.set(title="The data among walks from the posterior", xlabel="time (steps)", ylabel="position (steps)")
-    save(fig, "random_walk_predictive.png")
-
-
-def draw_predictive(ax, walks, y):
-    """The data over a few of the walks and the band that holds 90% of them at each time."""
-    t = np.arange(0, len(y), 2)  # a walk is even at even times and odd at odd ones: all steps would give a jagged band
-    low, high = np.quantile(walks[:, t], [0.05, 0.95], axis=0)
-    ax.fill_between(t, low, high, color=BLUE, alpha=0.2, linewidth=0, label="band of 90% of the walks")
-    ax.plot(walks[0], color=BLUE, alpha=0.3, linewidth=0.8, label="20 walks from the posterior")
-    ax.plot(walks[1:20].T, color=BLUE, alpha=0.3, linewidth=0.8)
-    ax.plot(y, color=BLACK, linewidth=2, label="data")
-    ax.legend()
-
-
 # (b) The S&P 500: an up day is a step up, a down day a step down. How probable is an up day?
 
 
@@ -199,17 +148,33 @@ def sp500():
     y = sp500_walk()
     ups = int((y.diff() > 0).sum())
     days = len(y) - 1
-    model = partial(models.random_walk, n_timesteps=len(y))
+    walk = Simulator(random_walk, loss=losses.mse, n_timesteps=len(y))
+
+    def model(y=None):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        pyro.deterministic("p", theta.sigmoid())
+        return pyro.sample("x", walk(theta), obs=y, infer={"event_dims": ["time"]})
 
     print(f"(b) The S&P 500 in 2013: {ups} of {days} days up, w = {W}")
     # The longer walk makes a noisier loss; ten times the simulations cost little, since a step runs them as one batch.
     guide, result = calibrate(model, y, num_particles=100)
-    posterior = posterior_of(guide)
-    report(posterior, result, y)
-    low, middle, high = posterior.icdf(torch.tensor([0.05, 0.5, 0.95])).sigmoid()
-    print(f"    Probability of an up day: {middle:.3f}, with 90% of the posterior in {low:.3f} to {high:.3f}.")
+    report(guide, result, y)
 
-    plot_sp500(draw_walks(model, guide), y, posterior, ups / days)
+    names = {
+        "p": {"long_name": "probability of an up day"},
+        "time": {"units": "trading days"},
+        "x": {"long_name": "up days minus down days"},
+    }
+    data = to_inference_data(model, guide, y, fit=result, attrs=names)
+    print(az.summary(data, kind="stats"))
+    save(arviz_predictive(data), "random_walk_sp500_arviz.png")
+    _, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.0), width_ratios=(3, 2), layout="constrained")
+    left.set_title("S&P 500 in 2013")
+    plots.predictive(data, ax=left)
+    plots.prior_posterior(data, "p", ax=right)
+    right.axvline(ups / days, color="#D55E00", linestyle="--", label="share of up days")
+    right.legend(frameon=False)
+    save(right, "random_walk_sp500.png", "Prior and posterior")
 
 
 def sp500_walk():
@@ -219,24 +184,11 @@ def sp500_walk():
     return torch.cat([torch.zeros(1), closes.diff().sign().cumsum(0)])
 
 
-def plot_sp500(walks, y, posterior, share):
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.0), width_ratios=(3, 2))
-
-    draw_predictive(left, walks, y)
-    left.set(title="S&P 500 in 2013", xlabel="time (trading days)", ylabel="up days minus down days")
-
-    p = torch.linspace(0.001, 0.999, 999)
-    slope = 1 / (p * (1 - p))  # of the log-odds: turns their density into that of the probability
-    draw_densities(right, p, *(q.log_prob(p.logit()).exp() * slope for q in (PRIOR, posterior)))
-    right.axvline(share, color=VERMILLION, linestyle="--", label="share of up days")
-    right.set(title="Prior and posterior", xlabel="probability of an up day", ylabel="density", ylim=(0, None))
-    right.legend(loc="upper left")
-    save(fig, "random_walk_sp500.png")
-
-
-def save(fig, name):
-    fig.savefig(OUTPUT / name)
-    plt.close(fig)
+def save(ax, name, title=None):
+    if title:
+        ax.set_title(title)
+    ax.figure.savefig(OUTPUT / name, bbox_inches="tight")
+    plt.close(ax.figure)
     print(f"    wrote {(OUTPUT / name).relative_to(EXAMPLES.parent)}")
 
 

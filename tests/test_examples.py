@@ -14,5 +14,5 @@ def test_random_walk(capsys):
     assert len(gaps) == 2
     assert max(gaps) < 1
     pictures = re.findall(r"wrote (\S+)", out)
-    assert len(pictures) == 5
+    assert len(pictures) == 7
     assert all((EXAMPLES.parent / picture).stat().st_size > 10_000 for picture in pictures)

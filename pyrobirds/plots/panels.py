@@ -82,10 +82,11 @@ def thin() -> float:
     return plt.rcParams["lines.linewidth"] / 2
 
 
-def name_of(array: xr.DataArray, name: str | None = None) -> str:
-    """What an array is, with its units: ``time (days)``."""
-    name = str(array.attrs.get("long_name", array.name) if name is None else name)
-    return f"{name} ({array.attrs['units']})" if array.attrs.get("units") else name
+def name_of(array: xr.DataArray, label: str | None = None) -> str:
+    """What an array, or the element of that label, is, with its units: ``time (days)``, ``ill[north] (people)``."""
+    name, label = str(array.name), str(array.name) if label is None else label
+    label = str(array.attrs.get("long_name", name)) + label.removeprefix(name)
+    return f"{label} ({array.attrs['units']})" if array.attrs.get("units") else label
 
 
 def finite(values: np.ndarray) -> np.ndarray:

@@ -52,7 +52,7 @@ def losses(data: InferenceData | xr.DataTree, *, ax: Axes | None = None) -> Axes
     if _spread(np.concatenate([values.ravel() for values in shown.values()])) > _LOG_FROM:
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel="optimisation step", ylabel=panels.name_of(history["total"], "objective"))
+    ax.set(xlabel="optimisation step", ylabel=panels.name_of(history["total"].rename("objective")))
     ax.legend(frameon=False)
     return ax
 
