@@ -110,7 +110,7 @@ class GeneralizedELBO(ELBO):
             ``max_failed`` ten times in a row.
 
     Example:
-        >>> import pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist
         >>> from pyro.infer import SVI
         >>> from pyro.infer.autoguide import AutoNormal
         >>> from pyro.optim import Adam

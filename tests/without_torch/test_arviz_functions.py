@@ -17,8 +17,6 @@ from pyrobirds import arviz_groups
 from pyrobirds.arviz_groups import SAMPLE_DIMS, Variable, attributes, collect, dataset, group, group_names
 
 INSTALLED = arviz_groups.arviz_generation()
-of_0 = pytest.mark.skipif(INSTALLED > 0, reason="a function of ArviZ below 1")
-of_1 = pytest.mark.skipif(INSTALLED < 1, reason="a function of ArviZ 1.x")
 POOLED = {"__sample__": SAMPLE_DIMS}
 
 
@@ -199,71 +197,64 @@ def log_weights(data):
     return group(data, "sample_stats")["log_weight"].astype(float)
 
 
-@of_0
-def test_khat_of_the_weights_of_draws(examples):
-    weights, khat = az.psislw(log_weights(examples["sloped"]).stack(POOLED))
-    assert float(khat) < 0.7
-    assert float(np.exp(weights).sum()) == pytest.approx(1.0)
+if INSTALLED < 1:
 
+    def test_khat_of_the_weights_of_draws(examples):
+        weights, khat = az.psislw(log_weights(examples["sloped"]).stack(POOLED))
+        assert float(khat) < 0.7
+        assert float(np.exp(weights).sum()) == pytest.approx(1.0)
 
-@of_1
-def test_khat_of_the_weights_of_draws_in_1(examples):
-    # The sign is right: this function takes log-likelihoods, and weighs by their inverse.
-    weights, khat = (-log_weights(examples["sloped"])).azstats.psislw()
-    assert float(khat) < 0.7
-    assert np.corrcoef(weights.values.ravel(), log_weights(examples["sloped"]).values.ravel())[0, 1] > 0.99
-    assert float(np.exp(weights).sum()) == pytest.approx(1.0)
+    def test_waic_and_sensitivity_to_the_prior(examples, numbers):
+        assert az.waic(numbers).elpd_waic == pytest.approx(az.loo(numbers).elpd_loo, abs=0.02)
+        assert set(az.psens(examples["sloped"], component="prior").data_vars) == {"level", "slope", "factor"}
 
+    def test_statistics_of_the_next_generation_agree(examples, monkeypatch):
+        """ArviZ's next generation beside this one, on the same data in its own container."""
+        stats = pytest.importorskip("arviz_stats")
+        base = pytest.importorskip("arviz_base")
+        old = examples["sloped"]
+        monkeypatch.setattr(arviz_groups, "version", lambda package: "1.3.0")
+        new = collect({name: group(old, name) for name in group_names(old)}, attributes(old))
+        assert isinstance(new, xr.DataTree)
 
-@of_0
-def test_waic_and_sensitivity_to_the_prior(examples, numbers):
-    assert az.waic(numbers).elpd_waic == pytest.approx(az.loo(numbers).elpd_loo, abs=0.02)
-    assert set(az.psens(examples["sloped"], component="prior").data_vars) == {"level", "slope", "factor"}
+        table = stats.summary(new, round_to=6)
+        expected = az.summary(old, round_to=6)
+        assert [*table.index] == [*expected.index]
+        np.testing.assert_allclose(table["mean"].astype(float), expected["mean"], rtol=1e-4)
+        np.testing.assert_allclose(
+            stats.loo(new, pointwise=True).elpd_i, az.loo(old, pointwise=True).loo_i, rtol=0, atol=1e-3
+        )
+        weights = log_weights(old)
+        _, khat = (-weights).azstats.psislw()
+        assert float(khat) == pytest.approx(float(az.psislw(weights.stack(POOLED))[1]), abs=1e-2)
+        assert base.extract(new, num_samples=20).sizes["sample"] == 20
 
+else:
 
-@of_1
-def test_sensitivity_to_prior_and_data_in_1(examples):
-    table = az.psense_summary(examples["sloped"], round_to=6)
-    assert [*table.index] == ["level[west]", "level[east]", "slope", "factor"]
-    assert (table["likelihood"] > table["prior"]).all()  # 60 numbers against a prior worth one
+    def test_khat_of_the_weights_of_draws_in_1(examples):
+        # The sign is right: this function takes log-likelihoods, and weighs by their inverse.
+        weights, khat = (-log_weights(examples["sloped"])).azstats.psislw()
+        assert float(khat) < 0.7
+        assert np.corrcoef(weights.values.ravel(), log_weights(examples["sloped"]).values.ravel())[0, 1] > 0.99
+        assert float(np.exp(weights).sum()) == pytest.approx(1.0)
 
+    def test_sensitivity_to_prior_and_data_in_1(examples):
+        table = az.psense_summary(examples["sloped"], round_to=6)
+        assert [*table.index] == ["level[west]", "level[east]", "slope", "factor"]
+        assert (table["likelihood"] > table["prior"]).all()  # 60 numbers against a prior worth one
 
-@of_1
-def test_loo_with_weights_of_draws_in_1(examples):
-    stats = group(examples["sloped"], "sample_stats")
-    found = az.loo_approximate_posterior(examples["sloped"], log_p=stats["lp"], log_q=stats["log_q"], pointwise=True)
-    assert float(found.elpd) == pytest.approx(float(az.loo(examples["sloped"]).elpd), abs=0.5)
+    def test_loo_with_weights_of_draws_in_1(examples):
+        stats = group(examples["sloped"], "sample_stats")
+        found = az.loo_approximate_posterior(
+            examples["sloped"], log_p=stats["lp"], log_q=stats["log_q"], pointwise=True
+        )
+        assert float(found.elpd) == pytest.approx(float(az.loo(examples["sloped"]).elpd), abs=0.5)
 
-
-@of_1
-def test_intervals_and_distances_in_1(examples):
-    lower, upper = az.eti(examples["walk"], prob=0.5)["theta"].values
-    assert np.mean((draws(examples["walk"], "theta") < upper) & (draws(examples["walk"], "theta") > lower)) == 0.5
-    assert (
-        az.kl_divergence(examples["sloped"], examples["nuts"])
-        < 0.2
-        < az.kl_divergence(examples["flat"], examples["nuts"])
-    )
-
-
-@of_0
-def test_statistics_of_the_next_generation_agree(examples, monkeypatch):
-    """ArviZ's next generation beside this one, on the same data in its own container."""
-    stats = pytest.importorskip("arviz_stats")
-    base = pytest.importorskip("arviz_base")
-    old = examples["sloped"]
-    monkeypatch.setattr(arviz_groups, "version", lambda package: "1.3.0")
-    new = collect({name: group(old, name) for name in group_names(old)}, attributes(old))
-    assert isinstance(new, xr.DataTree)
-
-    table = stats.summary(new, round_to=6)
-    expected = az.summary(old, round_to=6)
-    assert [*table.index] == [*expected.index]
-    np.testing.assert_allclose(table["mean"].astype(float), expected["mean"], rtol=1e-4)
-    np.testing.assert_allclose(
-        stats.loo(new, pointwise=True).elpd_i, az.loo(old, pointwise=True).loo_i, rtol=0, atol=1e-3
-    )
-    weights = log_weights(old)
-    _, khat = (-weights).azstats.psislw()
-    assert float(khat) == pytest.approx(float(az.psislw(weights.stack(POOLED))[1]), abs=1e-2)
-    assert base.extract(new, num_samples=20).sizes["sample"] == 20
+    def test_intervals_and_distances_in_1(examples):
+        lower, upper = az.eti(examples["walk"], prob=0.5)["theta"].values
+        assert np.mean((draws(examples["walk"], "theta") < upper) & (draws(examples["walk"], "theta") > lower)) == 0.5
+        assert (
+            az.kl_divergence(examples["sloped"], examples["nuts"])
+            < 0.2
+            < az.kl_divergence(examples["flat"], examples["nuts"])
+        )
