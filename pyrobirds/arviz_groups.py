@@ -128,9 +128,10 @@ def group(data: InferenceData | xr.DataTree, name: str) -> xr.Dataset:
     """
     groups = _groups(data)
     if name not in groups:
+        how = "fit=result" if name == "history" else f"groups=[{name!r}, ...]"
         raise ValueError(
             f"the data have no group {name!r}, only {', '.join(groups) or 'none'}: export it with "
-            f"to_inference_data(..., groups=[{name!r}, ...])"
+            f"to_inference_data(..., {how})"
         )
     found = groups[name]
     return found if isinstance(found, xr.Dataset) else found.to_dataset()

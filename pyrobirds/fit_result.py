@@ -50,7 +50,7 @@ class FitResult:
             stationary over at least ten blocks of steps.
         best: the lowest smoothed total; NaN after less than 25 steps.
         w: the weight of the divergence at the last step; None with another ELBO.
-        divergence: its name, such as "KL"; None with another ELBO.
+        divergence: its name, such as "KL", which is also that of Pyro's own ELBOs; None where it is not known.
         seed: what ``fit`` was given.
         seconds: how long the fit took, all sessions together if it was resumed.
     """

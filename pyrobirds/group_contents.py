@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
 from tqdm.auto import tqdm
 
-from pyrobirds.sampling import Model, Values
+from pyrobirds.sampling import Model, Recorded, Values
 
 Contents = dict[str, dict[str, Tensor]]  # by group and name, (number of draws, ...)
 
@@ -52,71 +51,91 @@ class Runs(NamedTuple):
         latents, deterministic = model.named("latent"), model.named("deterministic")
         # Latents that the guide does not draw come from their prior, so that they weigh as much in q as in the prior.
         weighing = [name for name in latents if name in chain.values] + deterministic
-        parts = [
-            model.run(_length(part), _at(chain.values, part), values=[*latents, *deterministic], score=weighing)
-            for part in self._parts(chain.num_draws)
-        ]
-        posterior, log_prior = _cat(part.values for part in parts), _cat(part.log_probs for part in parts)
+        mapped = [name for name in latents if not model.sites[name].fn.support.is_discrete]
+        unconstrain = mapped if "unconstrained_posterior" in self.wanted else []
+        posterior, log_prior, unconstrained = self._of_parts(
+            model,
+            chain.num_draws,
+            chain.values,
+            values=[*latents, *deterministic],
+            score=weighing,
+            unconstrain=unconstrain,
+        )
         at = {name: posterior[name] for name in latents}
+        model.look(at)
         contents: Contents = {
             "posterior": posterior,
-            "unconstrained_posterior": _unconstrained(model, at) if "unconstrained_posterior" in self.wanted else {},
+            "unconstrained_posterior": unconstrained,
             "log_prior": {name: log_prior[name] for name in weighing if name in at},
         }
-        if self.scores:
+        if summed_over(model, chain):  # their draws are the prior's, and so would be the loss
+            contents["posterior"] = {name: value for name, value in posterior.items() if name not in model.enumerated}
+        elif self.scores:
             log_probs, stats = self._losses(model, at, chain.num_draws)
             contents["log_likelihood"] = {name: value / chain.w for name, value in log_probs.items()}
             contents["sample_stats"] = _sample_stats(chain, log_prior, stats)
         if "posterior_predictive" in self.wanted:
             drawn = _drawn_sites(model)
-            contents["posterior_predictive"] = _cat(
-                model.run(_length(part), _at(at, part), values=drawn, observed=False).values
-                for part in self._parts(chain.num_draws)
-            )
+            contents["posterior_predictive"] = self._of_parts(
+                model, chain.num_draws, at, values=drawn, observed=False
+            ).values
         return contents
 
-    def of_prior(self, model: Model, num_samples: int, *, required: bool, simulate: bool) -> Contents:
+    def of_prior(self, model: Model, num_samples: int, *, required: bool) -> Contents:
         """The groups of the prior; left out with a warning where it cannot be drawn from, unless they are required."""
         sites, drawn = model.named("latent", "deterministic"), _drawn_sites(model)
-        try:
-            found = _cat(
-                model.run(_length(part), {}, values=[*sites, *drawn * simulate], observed=not simulate).values
-                for part in self._parts(num_samples)
-            )
-        except Exception as error:
-            if required:
-                raise
-            left_out = "prior_predictive" if simulate else "prior"
+        predict = "prior_predictive" in self.wanted
+        failed: dict[str, Exception] = {}
+        found = Recorded({}, {}, {})
+        for names in ([*sites, *drawn], sites) if predict else (sites,):
+            try:
+                found = self._of_parts(model, num_samples, {}, values=names, observed=names is sites)
+                break
+            except Exception as error:
+                if required:
+                    raise
+                failed["prior" if names is sites else "prior_predictive"] = error
+        if failed:
+            error = [*failed.values()][-1]
             warnings.warn(
-                f"the group {left_out} is left out, because the model could not be run at draws from its prior "
-                f"({type(error).__name__}: {error})",
-                stacklevel=3,
+                f"{' and '.join(failed)} left out, because the model could not be run at draws from its prior "
+                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
+                stacklevel=4,
             )
-            return self.of_prior(model, num_samples, required=False, simulate=False) if simulate else {}
         return {
-            "prior": {name: found[name] for name in sites},
-            "prior_predictive": {name: found[name] for name in drawn * simulate},
+            "prior": {name: found.values[name] for name in sites if name in found.values},
+            "prior_predictive": {name: found.values[name] for name in drawn if name in found.values},
         }
 
     def _losses(self, model: Model, at: Values, n: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Log-probabilities of the data by site, averaged over runs, and statistics of the loss of all of them."""
+        """Log-probabilities of the data by site, averaged over the runs that worked, and statistics of the loss."""
         sites = model.named("observed", "factor")
+        if model.is_frozen and self.num_repeats > 1:
+            raise ValueError(
+                "num_repeats must be 1 for a simulator with frozen noise, which has one loss for each draw: leave out "
+                "its seed, or average by simulators.repeated(model, num_repeats, seed)"
+            )
         means, stats = [], []
         for part in self._parts(n, max(1, self.batch_size // self.num_repeats), self.num_repeats):
             runs = []
             for again in _slices(self.num_repeats, self.batch_size):
                 repeated = {name: draws[part].repeat_interleave(_length(again), 0) for name, draws in at.items()}
-                found = model.run(_length(part) * _length(again), repeated, score=sites).log_probs
+                # Frozen noise belongs to a place in a batch: one by one, as MCMC scores them, all draws have the same.
+                parallel = False if model.is_frozen else None
+                found = model.run(_length(part) * _length(again), repeated, score=sites, parallel=parallel).log_probs
                 runs.append({name: value.unflatten(0, (_length(part), -1)) for name, value in found.items()})
-            log_probs = {name: torch.cat([run[name] for run in runs], 1) for name in sites}
+            log_probs = {name: torch.cat([run[name] for run in runs], 1).double() for name in sites}
             means.append({name: value.nanmean(1) for name, value in log_probs.items()})
-            shape = (_length(part), self.num_repeats)
-            losses = sum((-value.reshape(*shape, -1).sum(2) for value in log_probs.values()), torch.zeros(()))
-            stats.append(_statistics(torch.as_tensor(losses).expand(shape)))
+            stats.append(_statistics(log_probs, _length(part), self.num_repeats))
         merged = _cat(stats)
         if not any(model.sites[name].can_fail for name in sites):
             del merged["num_failed"]
         return _cat(means), merged
+
+    def _of_parts(self, model: Model, n: int, at: Values, **wanted: Any) -> Recorded:
+        """What a model makes of many draws, run in batches."""
+        parts = [model.run(_length(part), _at(at, part), **wanted) for part in self._parts(n)]
+        return Recorded(*(_cat(part[place] for part in parts) for place in range(3)))
 
     def _parts(self, n: int, size: int | None = None, runs: int = 1) -> Iterator[slice]:
         """Batches of draws; each takes so many runs of a draw."""
@@ -146,22 +165,33 @@ def _drawn_sites(model: Model) -> list[str]:
     return [name for name in model.named("observed") if model.sites[name].can_be_drawn]
 
 
-def _unconstrained(model: Model, at: Values) -> dict[str, Tensor]:
-    supports = {name: model.sites[name].fn.support for name in at}
-    return {name: biject_to(supports[name]).inv(at[name]) for name in at if not supports[name].is_discrete}
+def summed_over(model: Model, chain: Chain) -> list[str]:
+    """The discrete latents without draws: fits sum over them, and the loss at a draw from their prior is another."""
+    return [name for name in model.enumerated if name not in chain.values]
 
 
-def _statistics(losses: Tensor) -> dict[str, Tensor]:
-    """Of losses (draws, runs): of each draw the mean and variance over the runs that worked, and how many did not."""
-    mean, failed, repeats = losses.nanmean(1), losses.isnan().sum(1), losses.shape[1]
+def _statistics(log_probs: Mapping[str, Tensor], num_draws: int, repeats: int) -> dict[str, Tensor]:
+    """Of the loss of all data, by draw, from log-probabilities (draws, runs, ...) of each site.
+
+    Each element is averaged over the runs in which it worked, as in the objective. The variance is over the runs in
+    which all did.
+    """
+    zero = torch.zeros(num_draws, repeats, dtype=torch.double)
+    losses = sum((-value.reshape(num_draws, repeats, -1).sum(2) for value in log_probs.values()), zero)
+    mean = sum((-value.nanmean(1).reshape(num_draws, -1).sum(1) for value in log_probs.values()), zero[:, 0])
+    failed = losses.isnan().sum(1)
     found = {"num_failed": failed, "loss": mean}
     if repeats > 1:
-        found["loss_variance"] = (losses - mean.unsqueeze(1)).square().nansum(1) / (repeats - failed - 1)
+        squares = (losses - losses.nanmean(1, keepdim=True)).square()
+        found["loss_variance"] = torch.where(
+            failed < repeats - 1, squares.nansum(1) / (repeats - failed - 1), torch.nan
+        )
     return found
 
 
 def _sample_stats(chain: Chain, log_prior: Mapping[str, Tensor], stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prior = sum((value.reshape(len(value), -1).sum(1) for value in log_prior.values()), torch.zeros(()))
+    zero = torch.zeros((), dtype=torch.double)
+    prior = sum((value.reshape(len(value), -1).double().sum(1) for value in log_prior.values()), zero)
     found = {"lp": prior - stats["loss"] / chain.w, **stats}
     if chain.log_q is not None:
         found["log_q"] = chain.log_q

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import datetime
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyro
 import torch
@@ -21,11 +21,11 @@ from pyrobirds import _checks, arviz_groups
 from pyrobirds._rng import forked_rng
 from pyrobirds.arviz_groups import Variable
 from pyrobirds.fit_result import FitResult
-from pyrobirds.group_contents import Contents, Runs
+from pyrobirds.group_contents import Chain, Contents, Runs, summed_over
 from pyrobirds.labelling import Variables, step_numbers
 from pyrobirds.origins import Origin, guide_chains, mcmc_chains, of_guides, of_mcmc
 from pyrobirds.progress import has_bar
-from pyrobirds.sampling import Site
+from pyrobirds.sampling import Model, Site
 
 if TYPE_CHECKING:
     from arviz import InferenceData
@@ -45,6 +45,13 @@ GROUPS = (
     "history",
 )
 _UNCONSTRAINED = "unconstrained_posterior"
+_NEED = {  # what it takes to make a group that may be missing
+    "posterior_predictive": "no observed site of the model can be drawn",
+    "prior_predictive": "no observed site of the model can be drawn",
+    "log_likelihood": "the model has no data, or discrete latents of which there are no draws",
+    "sample_stats": "the model has discrete latents of which there are no draws",
+    "history": "it is that of a fit, fit=...",
+}
 _SECONDS = 2.0  # after which a bar is shown
 
 
@@ -165,29 +172,51 @@ def to_inference_data(
         else:
             origin = of_guides(model, guide, args, model_kwargs, w, fit)
             chains = guide_chains(origin, num_samples, runs.batch_size, parallel)
-        with_prior = not wanted.isdisjoint({"prior", "prior_predictive"})
-        contents: list[Contents] = []
-        prior: Contents = {}
-        sites: Mapping[str, Site] = {}
-        for one, chain in chains:
-            if not contents:
-                sites = one.sites
-                runs.bar.total = len(origin.ws) * runs.number(chain.num_draws) + num_samples * with_prior
-            _check_same_shapes(sites, one.sites)
-            contents.append(runs.of_chain(one, chain))
-            if with_prior and not prior:
-                simulate = "prior_predictive" in wanted
-                prior = runs.of_prior(one, num_samples, required=groups is not None, simulate=simulate)
-    _warn_of_failures(contents)
-    made = Variables(sites, origin, dims or {}, attrs or {}).all(contents, prior)
-    _check_names(coords or {}, attrs or {}, sites, made)
-    of_groups, of_steps = _attrs_of_groups(sites, origin, runs, made), step_numbers(origin.fits)
+        with closing(chains):  # at once also after an error: they hold the parameter store
+            made = _Made.of(chains, runs, num_samples, origin.num_chains, required=groups is not None)
+    _warn_of_failures(made.contents)
+    variables = Variables(made.model, origin, dims or {}, attrs or {}).all(made.contents, made.prior)
+    _check_names(coords or {}, attrs or {}, made.model.sites, variables)
+    of_groups, of_steps = _attrs_of_groups(made, origin, runs), step_numbers(origin.fits)
     datasets = {
-        name: arviz_groups.dataset(made[name], of_steps if name == "history" else coords, of_groups.get(name), attrs)
+        name: arviz_groups.dataset(
+            variables[name], of_steps if name == "history" else coords, of_groups.get(name), attrs
+        )
         for name in (*GROUPS, _UNCONSTRAINED)
-        if name in wanted and name in made
+        if name in wanted and variables.get(name)
     }
-    return arviz_groups.collect(datasets, _attrs_of_root(origin, runs, seed))
+    if missing := {*_NEED} & {*(groups or ())} - datasets.keys():
+        raise ValueError("; ".join(f"the group {name!r} cannot be made: {_NEED[name]}" for name in sorted(missing)))
+    return arviz_groups.collect(datasets, _attrs_of_root(made, origin, runs, seed))
+
+
+class _Made(NamedTuple):
+    """What there is to export, as tensors."""
+
+    model: Model
+    ws: list[float]  # of each chain
+    contents: list[Contents]  # of each chain
+    prior: Contents
+    summed_over: list[str]  # discrete latents without draws
+
+    @classmethod
+    def of(
+        cls, chains: Iterable[tuple[Model, Chain]], runs: Runs, num_samples: int, num_chains: int, *, required: bool
+    ) -> _Made:
+        made = None
+        with_prior = not {"prior", "prior_predictive"}.isdisjoint(runs.wanted)
+        for model, chain in chains:
+            if made is None:
+                made = cls(model, [], [], {}, summed_over(model, chain))
+                runs.bar.total = num_chains * runs.number(chain.num_draws) + num_samples * with_prior
+            _check_same_shapes(made.model.sites, model.sites)
+            made.ws.append(chain.w)
+            made.contents.append(runs.of_chain(model, chain))
+            if with_prior and not made.prior:
+                made.prior.update(runs.of_prior(model, num_samples, required=required))
+        if made is None:
+            raise ValueError("there are no chains")
+        return made
 
 
 def _wanted(groups: Collection[str] | None, unconstrained: bool) -> frozenset[str]:
@@ -225,23 +254,24 @@ def _check_names(
     sites: Mapping[str, Site],
     made: Mapping[str, Mapping[str, Variable]],
 ) -> None:
-    dims = {dim: None for variables in made.values() for variable in variables.values() for dim in variable.dims}
+    groups = {name: variables for name, variables in made.items() if name != "history"}
+    dims = {dim: None for variables in groups.values() for variable in variables.values() for dim in variable.dims}
     if unknown := [dim for dim in coords if dim not in dims]:
         raise ValueError(f"coords names {unknown}, the dimensions are {[*dims]}: name those of a site by dims")
     if unknown := [name for name in attrs if name not in dims and name not in sites]:
         raise ValueError(f"attrs names {unknown}, the sites are {[*sites]}, the dimensions {[*dims]}")
 
 
-def _attrs_of_groups(
-    sites: Mapping[str, Site], origin: Origin, runs: Runs, made: Mapping[str, Mapping[str, Variable]]
-) -> dict[str, dict[str, Any]]:
-    stats = {
-        "noisy": any(site.can_fail for site in sites.values() if site.kind == "observed"),
+def _attrs_of_groups(made: _Made, origin: Origin, runs: Runs) -> dict[str, dict[str, Any]]:
+    stats: dict[str, Any] = {
+        "noisy": made.model.is_noisy,
+        "frozen": made.model.is_frozen,
         "num_repeats": runs.num_repeats,
+        "epsilon": made.model.epsilon,
     }
-    if origin.guides and "log_weight" not in made.get("sample_stats", {}):
+    if origin.guides and "log_weight" not in made.contents[0].get("sample_stats", {}):
         stats["note"] = (
-            "no log_weight: the guide is a point mass in some dimension and has no density"
+            "no log_weight: the guide has no density at its draws (a point mass, auxiliary variables, a scaled site)"
             if origin.has_weights
             else "no log_weight: only under the Kullback-Leibler divergence does a fit aim at prior * exp(-E[loss] / w)"
         )
@@ -252,11 +282,12 @@ def _attrs_of_groups(
     return {
         "sample_stats": stats,
         "log_likelihood": {"note": "generalised: log-probability of the data divided by w"},
+        "posterior": {"note": f"without {made.summed_over}, which are not drawn"} if made.summed_over else {},
         "history": windows if origin.fits else {},
     }
 
 
-def _attrs_of_root(origin: Origin, runs: Runs, seed: int | None) -> dict[str, Any]:
+def _attrs_of_root(made: _Made, origin: Origin, runs: Runs, seed: int | None) -> dict[str, Any]:
     fits, same = origin.fits, _one_or_list
     return {
         "created_at": datetime.datetime.now(datetime.timezone.utc).isoformat(),
@@ -264,7 +295,7 @@ def _attrs_of_root(origin: Origin, runs: Runs, seed: int | None) -> dict[str, An
         "inference_library_version": version("pyrobirds"),
         "pyro_version": pyro.__version__,
         "torch_version": str(torch.__version__),
-        "w": same(origin.ws),
+        "w": same(made.ws),
         "divergence": same([fit.divergence for fit in fits]),
         "guide": same([_class_name(guide) for guide in origin.guides]),
         "sampler": origin.sampler,

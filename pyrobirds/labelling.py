@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from pyrobirds.arviz_groups import SAMPLE_DIMS, STEP_DIMS, Variable
 from pyrobirds.fit_result import FitResult
 from pyrobirds.group_contents import Contents
 from pyrobirds.origins import Origin
-from pyrobirds.sampling import Site
+from pyrobirds.sampling import Model, Site
 
 _OF_VALUES = {"posterior", "posterior_predictive", "prior", "prior_predictive", "observed_data"}  # in a site's units
 _LONG_NAMES = {
@@ -40,20 +40,20 @@ class Labels:
 
     def __init__(self, sites: Mapping[str, Site], dims: Mapping[str, Sequence[str]]) -> None:
         self._sites = sites
-        self._axes = {name: _axes(site, dims.get(name)) for name, site in sites.items()}
+        self.axes = {name: _axes(site, dims.get(name)) for name, site in sites.items()}
 
     def of_values(self, name: str, draws: Tensor) -> Variable:
         """Values of a site, (chains, draws, *its shape)."""
-        return _variable(draws, SAMPLE_DIMS, self._axes[name])
+        return _variable(draws, SAMPLE_DIMS, self.axes[name])
 
     def of_data(self, name: str, value: Tensor) -> Variable:
-        """The value of a site in one run, or one that broadcasts to it."""
-        return _variable(value.expand(self._sites[name].shape), (), self._axes[name])
+        """The value of a site in one run."""
+        return _variable(value, (), self.axes[name])
 
     def of_batch(self, name: str, draws: Tensor) -> Variable:
         """What there is for each element of a site's plates, such as a log-probability."""
         n = self._sites[name].num_plate_dims
-        return _variable(draws, SAMPLE_DIMS, {axis: dim for axis, dim in self._axes[name].items() if axis < n})
+        return _variable(draws, SAMPLE_DIMS, {axis: dim for axis, dim in self.axes[name].items() if axis < n})
 
     def of_unconstrained(self, name: str, draws: Tensor) -> Variable:
         """Values of a site mapped to unconstrained space, where its event may have another shape."""
@@ -61,7 +61,7 @@ class Labels:
         if draws.shape[len(SAMPLE_DIMS) :] == site.shape:
             return self.of_values(name, draws)
         n = site.num_plate_dims
-        axes = {axis: dim for axis, dim in self._axes[name].items() if axis < n}
+        axes = {axis: dim for axis, dim in self.axes[name].items() if axis < n}
         n_event = draws.dim() - len(SAMPLE_DIMS) - n
         axes |= {n + axis: f"{name}_unconstrained_dim_{axis}" for axis in range(n_event)}
         return _variable(draws, SAMPLE_DIMS, axes)
@@ -99,12 +99,14 @@ class Variables:
 
     def __init__(
         self,
-        sites: Mapping[str, Site],
+        model: Model,
         origin: Origin,
         dims: Mapping[str, Sequence[str]],
         attrs: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        self._sites, self._origin, self._dims, self._attrs = sites, origin, dims, attrs
+        sites = model.sites
+        self._sites, self._bounds = sites, model.bounds
+        self._origin, self._dims, self._attrs = origin, dims, attrs
         self._constants = _constants(origin, [site.value for site in sites.values() if site.kind == "observed"])
         if unknown := [name for name in dims if name not in sites and name not in self._constants]:
             raise ValueError(f"dims names {unknown}, the sites are {[*sites]}, constant data {[*self._constants]}")
@@ -126,20 +128,26 @@ class Variables:
             for group, found in stacked.items()
         }
         made["observed_data"] = {
-            name: self._labels.of_data(name, site.value)
-            for name, site in self._sites.items()
-            if site.kind == "observed"
+            name: self._labels.of_data(name, site.data) for name, site in self._sites.items() if site.kind == "observed"
         }
         for group in _OF_VALUES & made.keys():
             made[group] = {
-                name: variable._replace(attrs=self._attrs.get(name, {})) for name, variable in made[group].items()
+                name: variable._replace(attrs={**self._known(group, name), **self._attrs.get(name, {})})
+                for name, variable in made[group].items()
             }
         made["constant_data"] = {
-            name: Variable(value, _constant_dims(name, value, self._dims.get(name)))
+            name: Variable(value, _constant_dims(name, value, self._dims.get(name), made["observed_data"].values()))
             for name, value in self._constants.items()
         }
         made["history"] = _history(self._origin.fits)
         return made
+
+    def _known(self, group: str, name: str) -> dict[str, Any]:
+        """What pictures want to know of a site."""
+        if group == "observed_data":
+            axes, n = self._labels.axes[name], self._sites[name].num_plate_dims
+            return {"plates": [dim for axis, dim in axes.items() if axis < n] or None}
+        return self._bounds[name]._asdict() if name in self._bounds and group in ("posterior", "prior") else {}
 
 
 def _statistic(name: str, draws: Tensor) -> Variable:
@@ -150,16 +158,23 @@ def _constants(origin: Origin, data: list[Tensor]) -> dict[str, np.ndarray]:
     """The tensors, arrays and numbers among the model's arguments that are not the data."""
     constants = {}
     for name, value in _arguments(origin).items():
-        if isinstance(value, Tensor | np.ndarray | int | float):
-            tensor = torch.as_tensor(value)
-            if not any(_same(tensor, one) for one in data):
-                constants[name] = tensor.detach().cpu().numpy()
+        if isinstance(value, Tensor | np.ndarray | np.generic | int | float):
+            array = _array(value)
+            if array.dtype.kind in "biufUM" and not any(_is_data(value, array, one) for one in data):
+                constants[name] = array
     return constants
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether they are equal, NaN included."""
-    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+def _is_data(value: Any, array: np.ndarray, data: Tensor) -> bool:
+    """Whether an argument is the data: the same tensor, or an array of the same values, NaN included."""
+    if value is data:
+        return True
+    equal = array.size > 1 and array.shape == data.shape and array.dtype.kind in "biuf"
+    return equal and np.array_equal(array, _array(data), equal_nan=True)
+
+
+def _array(value: Any) -> np.ndarray:
+    return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
 
 
 def _arguments(origin: Origin) -> dict[str, Any]:
@@ -180,9 +195,13 @@ def _arguments(origin: Origin) -> dict[str, Any]:
     return named
 
 
-def _constant_dims(name: str, value: np.ndarray, given: Sequence[str] | None) -> tuple[str, ...]:
+def _constant_dims(
+    name: str, value: np.ndarray, given: Sequence[str] | None, of_data: Iterable[Variable]
+) -> tuple[str, ...]:
+    """Those that are given, else those of the data of the same shape, if all of these have the same."""
     if given is None:
-        return tuple(f"{name}_dim_{axis}" for axis in range(value.ndim))
+        known = {one.dims for one in of_data if one.values.shape == value.shape}
+        return known.pop() if len(known) == 1 else tuple(f"{name}_dim_{axis}" for axis in range(value.ndim))
     if isinstance(given, str) or len(given) != value.ndim:
         raise ValueError(f"dims[{name!r}] must name its {value.ndim} dimensions, got {given!r}")
     return tuple(given)

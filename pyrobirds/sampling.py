@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
+from torch.distributions import biject_to, constraints
 
 from pyrobirds import failures, traces
 from pyrobirds._checks import shape_text
@@ -61,6 +63,8 @@ class Site:
         event_dims: the names of the event's dimensions, if the model says them by ``infer={"event_dims": [...]}``.
         fn: its distribution.
         value: what it had in that run: the data of an observed site.
+        observed: where its mask says that there are data, of the shape of the value's plates; None: everywhere.
+        tempered: the ``w`` by which ``tempered`` divided its log-probability, else 1.
     """
 
     name: str
@@ -71,11 +75,23 @@ class Site:
     event_dims: tuple[str, ...] | None
     fn: Any
     value: Tensor = field(repr=False)
+    observed: Tensor | None = field(repr=False)
+    tempered: float
 
     @property
     def batch_shape(self) -> torch.Size:
         """Of its log-probability."""
         return self.shape[: self.num_plate_dims]
+
+    @property
+    def data(self) -> Tensor:
+        """The value of an observed site, NaN where it is masked."""
+        value = self.value.expand(self.shape)
+        if self.observed is None or bool(self.observed.all()):
+            return value
+        event = (1,) * (len(self.shape) - self.num_plate_dims)
+        observed = self.observed.expand(self.batch_shape).reshape(self.batch_shape + event)
+        return torch.where(observed, value.to(torch.promote_types(value.dtype, torch.get_default_dtype())), torch.nan)
 
     @property
     def is_delta(self) -> bool:
@@ -86,6 +102,11 @@ class Site:
     def can_fail(self) -> bool:
         """Whether it is a simulator's: its loss is noisy."""
         return traces.can_fail({"fn": self.fn})
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it is a simulator's with noise that stays the same, for each place in a batch."""
+        return getattr(traces.innermost(self.fn), "is_frozen", False)
 
     @property
     def can_be_drawn(self) -> bool:
@@ -127,14 +148,37 @@ def _site(name: str, site: Any) -> Site:
         batch_shape = torch.broadcast_shapes(fn.batch_shape, batch_shape)
     n_batch = len(batch_shape)
     plates = tuple(frames[axis - n_batch].name if axis - n_batch in frames else None for axis in range(n_batch))
-    event_dims = (site["infer"] or {}).get("event_dims")
+    infer = site["infer"] or {}
+    event_dims = infer.get("event_dims")
     if event_dims is not None and (isinstance(event_dims, str) or len(event_dims) != len(event_shape)):
         raise ValueError(
             f"infer={{'event_dims': {event_dims!r}}} of site {name!r} must name the {len(event_shape)} dimensions of "
             f"its event, of shape {shape_text(event_shape)}"
         )
     names = None if event_dims is None else tuple(event_dims)
-    return Site(name, kind, batch_shape + event_shape, n_batch, plates, names, fn, value)
+    return Site(
+        name,
+        kind,
+        batch_shape + event_shape,
+        n_batch,
+        plates,
+        names,
+        fn,
+        value,
+        _mask(site),
+        infer.get("tempered", 1.0),
+    )
+
+
+def _mask(site: Any) -> Tensor | None:
+    """The masks of a site, of handlers and of its distribution, together."""
+    masks = [site["mask"]]
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        masks.append(getattr(fn, "_mask", None))
+        fn = fn.base_dist
+    masks = [torch.as_tensor(mask) for mask in masks if mask is not None]
+    return reduce(torch.logical_and, masks) if masks else None
 
 
 def _num_plate_dims(shape: torch.Size, frames: Mapping[int, Any]) -> int:
@@ -148,7 +192,25 @@ class Recorded(NamedTuple):
     """What a model made of draws: by site, (number of draws, *shape)."""
 
     values: dict[str, Tensor]
+    log_probs: dict[str, Tensor]  # as scales of the model have them, tempered or not
+    unconstrained: dict[str, Tensor]  # latents mapped to unconstrained space
+
+
+class Bounds(NamedTuple):
+    """Of the elements of a latent; None where there is none, or not the same for all."""
+
+    lower: float | None
+    upper: float | None
+
+
+class _Seen(NamedTuple):
+    """What the model made of one batch of draws, or of a single one, before dimensions are sorted out."""
+
+    values: dict[str, Tensor]
     log_probs: dict[str, Tensor]
+    unconstrained: dict[str, Tensor]
+    thetas: dict[str, list[Tensor]]  # what simulators were called with, flattened
+    bounds: dict[str, Bounds]  # of latents
 
 
 class Model:
@@ -172,7 +234,9 @@ class Model:
         self.nesting = max(nesting, traces.depth(trace))
         found = {name: site for name, site in traces.sample_sites(trace).items() if not site_is_subsample(site)}
         self.sites = {name: _site(name, site) for name, site in found.items()}
-        self._checked: set[tuple[str, str]] = set()  # what of which site was seen to keep draws apart
+        self.params = [name for name, site in trace.nodes.items() if site["type"] == "param"]
+        self.bounds: dict[str, Bounds] = {}  # of latents, where they are the same at all draws
+        self.random_sites: frozenset[str] = frozenset()  # whose log-probability differs between runs at one draw
         for site in self.sites.values():
             if site.kind == "latent" and site.can_fail:
                 raise ValueError(
@@ -186,13 +250,53 @@ class Model:
                     "it is: use pyro.plate, or .to_event, or run one draw after another by parallel=False"
                 )
 
+    @property
+    def tempered(self) -> float:
+        """The ``w`` of ``tempered(model, w)``, 1 of any other model."""
+        ws = {site.tempered for site in self.sites.values() if site.kind in ("observed", "factor")} or {1.0}
+        if len(ws) > 1:
+            raise ValueError(
+                f"tempered must hold all observed sites of the model, but they are tempered by {sorted(ws)}"
+            )
+        return ws.pop()
+
+    @property
+    def epsilon(self) -> float:
+        """Of the numbers that the latents are."""
+        kinds = [self.sites[name].value.dtype for name in self.named("latent")]
+        return max((torch.finfo(kind).eps for kind in kinds if kind.is_floating_point), default=0.0)
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the loss of a draw is random."""
+        sites = [self.sites[name] for name in self.named("observed", "factor")]
+        return any((site.can_fail and not site.is_frozen) or site.name in self.random_sites for site in sites)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether there are simulators whose noise stays the same, for each place in a batch."""
+        return any(site.is_frozen for site in self.sites.values())
+
+    @property
+    def enumerated(self) -> list[str]:
+        """Discrete latents, which may be summed over instead of drawn."""
+        return [name for name in self.named("latent") if self.sites[name].fn.support.is_discrete]
+
     def named(self, *kinds: str) -> list[str]:
         """The sites of these kinds."""
         return [name for name, site in self.sites.items() if site.kind in kinds]
 
     @torch.no_grad()
     def run(
-        self, n: int, at: Values, *, values: Collection[str] = (), score: Collection[str] = (), observed: bool = True
+        self,
+        n: int,
+        at: Values,
+        *,
+        values: Collection[str] = (),
+        score: Collection[str] = (),
+        unconstrain: Collection[str] = (),
+        observed: bool = True,
+        parallel: bool | None = None,
     ) -> Recorded:
         """Run the model at n draws.
 
@@ -200,42 +304,53 @@ class Model:
             n: how many.
             at: values of latents; the others are drawn.
             values: the sites whose values to record.
-            score: those whose log-probability to record, as the model scales it.
+            score: those whose log-probability to record.
+            unconstrain: the latents to map to unconstrained space.
             observed: keep the data; else draw what is observed.
+            parallel: whether in one batch; None: as the model is to be run.
         """
         model = self.model if observed else unobserved(self.model)
-        if not self.parallel:
-            runs = [self._record(model, {name: at[name][i] for name in at}, values, score) for i in range(n)]
-            return Recorded(_stack([run.values for run in runs]), _stack([run.log_probs for run in runs]))
-        batch = {name: self._in_batch(name, draws) for name, draws in at.items()}
+        wanted = (values, score, unconstrain)
+        if not (self.parallel if parallel is None else parallel):
+            runs = [self._see(model, {name: at[name][i] for name in at}, *wanted) for i in range(n)]
+            return Recorded(*(_stack([run[place] for run in runs]) for place in range(3)))  # type: ignore[misc]
         try:
-            found = self._record(traces.particles(n, self.nesting)(model), batch, values, score)
-            recorded = Recorded(
-                {name: self.by_draw(name, found.values[name], n) for name in values},
-                {name: self.by_draw(name, found.log_probs[name], n, of_plates=True) for name in score},
+            seen = self._see_batch(model, n, at, *wanted)
+            return Recorded(
+                {name: self.by_draw(name, seen.values[name], n, self.sites[name].shape) for name in values},
+                {name: self.by_draw(name, seen.log_probs[name], n, self.sites[name].batch_shape) for name in score},
+                {name: self._unconstrained_by_draw(name, seen.unconstrained[name], n) for name in unconstrain},
             )
         except Exception as error:
-            self._explain(error, at)
+            if observed and at:
+                self._explain(error, at)
             raise
-        if observed and at:
-            self._check_kept_apart(at, recorded)
-        return recorded
 
-    def _record(self, model: Fn, at: Values, values: Collection[str], score: Collection[str]) -> Recorded:
+    def _see_batch(self, model: Fn, n: int, at: Values, *wanted: Collection[str]) -> _Seen:
+        batch = {name: self._in_batch(name, draws) for name, draws in at.items()}
+        return self._see(traces.particles(n, self.nesting)(model), batch, *wanted)
+
+    def _see(
+        self, model: Fn, at: Values, values: Collection[str], score: Collection[str], unconstrain: Collection[str] = ()
+    ) -> _Seen:
         trace = poutine.trace(_At(at)(model)).get_trace(*self.args, **self.kwargs)
-        trace.compute_log_prob(lambda name, _: name in score and not self.sites[name].can_fail)
-        for name in score:
-            if self.sites[name].can_fail and name in trace.nodes:
-                site: Any = trace.nodes[name]
-                failures.score(trace, site)
-                site["log_prob"] = scale_and_mask(site["unscaled_log_prob"], site["scale"], site["mask"])
-        if missing := [name for name in (*values, *score) if name not in trace.nodes]:
+        if missing := [name for name in (*values, *score, *unconstrain) if name not in trace.nodes]:
             raise ValueError(
                 f"the sites {missing} are in some runs of the model and not in others: all draws need the same sites"
             )
-        return Recorded(
-            {name: torch.as_tensor(trace.nodes[name]["value"]) for name in values},
-            {name: trace.nodes[name]["log_prob"] for name in score},
+        trace.compute_log_prob(lambda name, _: name in score and not self.sites[name].can_fail)
+        nodes: Mapping[str, Any] = {**trace.nodes}  # of which Pyro does not say enough to the type checker
+        for name in score:
+            if self.sites[name].can_fail:
+                failures.score(trace, nodes[name])
+                log_prob = scale_and_mask(nodes[name]["unscaled_log_prob"], nodes[name]["scale"], nodes[name]["mask"])
+                nodes[name]["log_prob"] = log_prob
+        return _Seen(
+            {name: torch.as_tensor(nodes[name]["value"]).detach() for name in values},
+            {name: nodes[name]["log_prob"] * self.sites[name].tempered for name in score},
+            {name: biject_to(nodes[name]["fn"].support).inv(nodes[name]["value"]) for name in unconstrain},
+            {name: _theta(nodes[name]) for name, site in self.sites.items() if site.can_fail and name in nodes},
+            {name: _bounds(nodes[name]["fn"].support) for name in self.named("latent") if name in nodes},
         )
 
     def _in_batch(self, name: str, draws: Tensor) -> Tensor:
@@ -244,50 +359,89 @@ class Model:
         pad = (1,) * (self.nesting - site.num_plate_dims)
         return draws.reshape(draws.shape[:1] + pad + draws.shape[1:])
 
-    def by_draw(self, name: str, found: Tensor, n: int, *, of_plates: bool = False) -> Tensor:
+    def by_draw(self, name: str, found: Tensor, n: int, shape: torch.Size) -> Tensor:
         """(n, *shape), for values of a batch have stray dimensions, and those that depend on no draw have no batch."""
-        shape = self.sites[name].batch_shape if of_plates else self.sites[name].shape
         if found.numel() == n * shape.numel():
-            return found.detach().reshape(n, *shape)
+            return found.reshape(n, *shape)
         if found.numel() == shape.numel():
-            return found.detach().reshape(shape).expand(n, *shape)
+            return found.reshape(shape).expand(n, *shape)
         raise ValueError(
             f"site {name!r} has shape {shape_text(shape)} in a single run, and {shape_text(found.shape)} in a batch of "
             f"{n} draws"
         )
 
-    def _check_kept_apart(self, at: Values, recorded: Recorded) -> None:
-        """Raise if the first or the last draw of a batch is another one when it is run alone; look at a thing once."""
-        new = {("value", name) for name in recorded.values if self.sites[name].kind == "deterministic"}
-        new |= {("log-probability", name) for name in recorded.log_probs if not self.sites[name].can_fail}
-        if not (new := new - self._checked):
-            return
-        self._checked |= new
-        values, score = ([name for what, name in new if what == wanted] for wanted in ("value", "log-probability"))
-        for draw in (0, -1):
-            fixed = {name: draws[draw] for name, draws in at.items()}
-            with forked_rng():
-                alone, again = (self._record(self.model, fixed, values, score) for _ in range(2))
-            for what, name in new:
-                field, shape = ("values", self.sites[name].shape)
-                if what == "log-probability":
-                    field, shape = ("log_probs", self.sites[name].batch_shape)
-                in_batch, single, twice = (getattr(one, field)[name] for one in (recorded, alone, again))
-                single = single.expand(shape)
-                random = not torch.allclose(single, twice.expand(shape), rtol=0, atol=0, equal_nan=True)
-                if not random and not _close(single, in_batch[draw]):
-                    raise ValueError(
-                        f"the model mixes up draws that are run in one batch: the {what} of site {name!r} is "
-                        f"{_text(in_batch[draw])} for a draw in a batch, and {_text(single)} for the same draw alone. "
-                        "Declare batch dimensions by pyro.plate and index from the right, as in x[..., 0], or run one "
-                        "draw after another by parallel=False"
-                    )
+    def _unconstrained_by_draw(self, name: str, found: Tensor, n: int) -> Tensor:
+        site = self.sites[name]
+        event_dim = biject_to(site.fn.support).domain.event_dim
+        return self.by_draw(name, found, n, site.batch_shape + found.shape[found.dim() - event_dim :])
+
+    @torch.no_grad()
+    def look(self, at: Values) -> None:
+        """Find out which sites are random, and whether a batch keeps draws apart, without a simulation.
+
+        Args:
+            at: several draws of all latents.
+
+        Raises:
+            ValueError: values, log-probabilities or parameters of simulators are others in a batch than alone.
+        """
+        values = self.named("deterministic")
+        score = [name for name, site in self.sites.items() if site.kind != "deterministic" and not site.can_fail]
+        n = len(next(iter(at.values())))
+        picked = sorted({0, n // 2, n - 1})
+        few = {name: draws[picked] for name, draws in at.items()}
+        with forked_rng():
+            alone, again = (
+                [self._see(self.model, {name: draws[i] for name, draws in few.items()}, values, score) for i in places]
+                for places in [range(len(picked))] * 2
+            )
+            seen = None
+            if self.parallel and n > 1:
+                try:
+                    seen = self._see_batch(self.model, len(picked), few, values, score)
+                except Exception as error:
+                    self._explain(error, few)
+                    raise
+        random = set()
+        for what, name, shape, of in self._comparable(alone[0]):
+            single, twice = (torch.stack([of(one).expand(shape) for one in runs]) for runs in (alone, again))
+            if not torch.allclose(single, twice, rtol=0, atol=0, equal_nan=True):
+                random.add(name)
+            elif seen is not None:
+                in_batch = self.by_draw(name, of(seen), len(picked), shape)
+                for ours, theirs in zip(in_batch, single, strict=True):
+                    if not _close(theirs, ours):
+                        raise ValueError(
+                            f"the model mixes up draws that are run in one batch: {what} of site {name!r} for a draw "
+                            f"is {_text(ours)} in a batch, and {_text(theirs)} alone. Declare batch dimensions by "
+                            "pyro.plate and index from the right, as in x[..., 0], or run one draw after another by "
+                            "parallel=False"
+                        )
+        self.random_sites = frozenset(random)
+        first = alone[0].bounds
+        self.bounds = {name: first[name] for name in first if all(one.bounds[name] == first[name] for one in alone)}
+
+    def _comparable(self, seen: _Seen) -> Iterator[tuple[str, str, torch.Size, Callable[[_Seen], Tensor]]]:
+        """What can be compared of two runs: in words, the site, its shape in a single run, and how to get it."""
+        for name in seen.values:
+            yield "the value", name, self.sites[name].shape, lambda one, name=name: one.values[name]
+        for name in seen.log_probs:
+            yield "the log-probability", name, self.sites[name].batch_shape, lambda one, name=name: one.log_probs[name]
+        for name, parameters in seen.thetas.items():
+            for i, flat in enumerate(parameters):
+                shape = self.sites[name].batch_shape + flat.shape[1:]
+                yield (
+                    "a parameter",
+                    name,
+                    shape,
+                    lambda one, name=name, i=i, shape=shape: _unflat(one.thetas[name][i], shape),
+                )
 
     def _explain(self, error: Exception, at: Values) -> None:
         """Say what else is to be tried, if the model can be run at a single draw."""
         try:
             with forked_rng():
-                self._record(self.model, {name: draws[0] for name, draws in at.items()}, (), ())
+                self._see(self.model, {name: draws[0] for name, draws in at.items()}, (), ())
         except Exception:
             return
         raise ValueError(
@@ -295,6 +449,26 @@ class Model:
             "but at a single one it can: declare its batch dimensions by pyro.plate, or run one draw after another by "
             "parallel=False"
         ) from error
+
+
+def _bounds(support: Any) -> Bounds:
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    if support is constraints.simplex:
+        return Bounds(0.0, 1.0)
+    ends = (torch.as_tensor(getattr(support, name, torch.nan)) for name in ("lower_bound", "upper_bound"))
+    return Bounds(*(float(end.flatten()[0]) if bool((end == end.flatten()[0]).all()) else None for end in ends))
+
+
+def _theta(site: Any) -> list[Tensor]:
+    """What the simulator of a site is called with, (B, *event) each."""
+    fn = traces.innermost(site["fn"])
+    return fn.run.theta.flat(fn.batch_shape)
+
+
+def _unflat(flat: Tensor, shape: torch.Size) -> Tensor:
+    """A parameter of one run with the shape of its site, or of a batch as it is."""
+    return flat.reshape(shape) if flat.numel() == shape.numel() else flat
 
 
 class GuideDraws(NamedTuple):
@@ -317,18 +491,19 @@ def draw_guide(model: Model, guide: Fn, n: int, names: Collection[str], batch_si
 @torch.no_grad()
 def _draw_in_turn(model: Model, guide: Fn, n: int, names: Collection[str]) -> GuideDraws:
     found = [draw_once(model.model, guide, model.args, model.kwargs) for _ in range(n)]
-    log_q = [torch.as_tensor(trace.log_prob_sum()) for trace, _ in found]
+    log_q = [torch.as_tensor(trace.log_prob_sum()).double() for trace, _ in found]
     return GuideDraws(_stack([{name: values[name] for name in names} for _, values in found]), torch.stack(log_q))
 
 
 @torch.no_grad()
 def _draw_batch(model: Model, guide: Fn, n: int, names: Collection[str]) -> GuideDraws:
     batch = traces.particles(n, model.nesting)
-    trace, values = draw_once(batch(model.model), batch(guide), model.args, model.kwargs)
+    trace, found = draw_once(batch(model.model), batch(guide), model.args, model.kwargs)
     trace.compute_log_prob()
     log_probs = [site["log_prob"] for site in traces.sample_sites(trace).values()]
-    terms = [_lead(log_prob, n, model.nesting).reshape(n, -1).sum(1) for log_prob in log_probs]
-    return GuideDraws({name: model.by_draw(name, values[name], n) for name in names}, torch.stack(terms).sum(0))
+    terms = [_lead(log_prob, n, model.nesting).reshape(n, -1).double().sum(1) for log_prob in log_probs]
+    values = {name: model.by_draw(name, found[name].detach(), n, model.sites[name].shape) for name in names}
+    return GuideDraws(values, torch.stack(terms).sum(0))
 
 
 @torch.no_grad()
@@ -339,6 +514,24 @@ def draw_once(model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: dict[str, Any
     else:
         trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
     return trace, {name: torch.as_tensor(site["value"]) for name, site in traces.sample_sites(trace).items()}
+
+
+def has_density(model: Model, trace: Trace) -> bool:
+    """Whether the log-probabilities of a guide's sites add up to the density of its draws of latents.
+
+    They do not if the guide draws auxiliary variables that are not the latents themselves in other coordinates, if a
+    latent is a point mass, or if its sites are scaled.
+    """
+    auxiliary, moved = 0, 0  # numbers of unconstrained dimensions
+    for name, site in traces.sample_sites(trace).items():
+        is_delta, known = _is_delta(site), model.sites.get(name)
+        if not torch.all(torch.as_tensor(site["scale"]) == 1):
+            return False
+        if known is None and not site["is_observed"] and not is_delta:
+            auxiliary += torch.as_tensor(site["value"]).numel()
+        elif known is not None and is_delta and not known.is_delta and not known.fn.support.is_discrete:
+            moved += biject_to(known.fn.support).inverse_shape(known.shape).numel()
+    return auxiliary == moved
 
 
 def _lead(log_prob: Tensor, n: int, nesting: int) -> Tensor:
@@ -357,7 +550,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
     if not a.is_floating_point():
         return torch.equal(a, b)
     scale = max(1.0, float(a[a.isfinite()].abs().max())) if bool(a.isfinite().any()) else 1.0
-    return torch.allclose(a, b.to(a), rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
+    return torch.allclose(a, b.to(a), rtol=0, atol=100 * torch.finfo(a.dtype).eps * scale, equal_nan=True)
 
 
 def _text(value: Tensor) -> str:

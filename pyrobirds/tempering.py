@@ -22,6 +22,9 @@ class _TemperMessenger(Messenger):
     def _pyro_sample(self, msg: Message) -> None:
         if traces.is_loss(msg) and not site_is_subsample(msg):
             msg["scale"] = msg["scale"] / self.w
+            # Who takes the loss back out of the log-probability wants to know.
+            infer: Any = msg["infer"] or {}
+            msg["infer"] = {**infer, "tempered": infer.get("tempered", 1.0) * self.w}  # type: ignore[typeddict-item]
 
 
 def tempered(model: Callable[..., Any], w: float) -> Callable[..., Any]:
@@ -61,11 +64,3 @@ def tempered(model: Callable[..., Any], w: float) -> Callable[..., Any]:
         True
     """
     return _TemperMessenger(_checks.positive("w", w))(model)
-
-
-def untempered(model: Callable[..., Any]) -> tuple[Callable[..., Any], float | None]:
-    """The model inside :func:`tempered`, and its ``w``; of another model itself and None."""
-    args = getattr(getattr(model, "func", None), "args", ())
-    if args and isinstance(args[0], _TemperMessenger):
-        return args[1], args[0].w
-    return model, None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import xarray as xr
 from pyro import poutine
-from pyro.infer import SVI
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from pyro.infer.util import torch_item, zero_grads
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
@@ -281,7 +281,7 @@ class TrainingRun:
             standard_errors=None if errors is None else self.parameters.by_name(errors),
             best=self.descent.best if math.isfinite(self.descent.best) else math.nan,
             w=self.columns["w"][-1] if self.elbo else None,
-            divergence=type(self.elbo.divergence).__name__ if self.elbo else None,
+            divergence=type(self.elbo.divergence).__name__ if self.elbo else _divergence_of(self.objective),
             seed=seed,
             seconds=self.seconds,
             _tensors={**self.parameters.tensors},
@@ -295,6 +295,11 @@ class TrainingRun:
             variables[name] = ("step", values, {"long_name": _LONG_NAMES[name]})
         steps = ("step", np.arange(1, self.num_taken + 1), {"long_name": "optimisation step"})
         return xr.Dataset(variables, coords={"step": steps})
+
+
+def _divergence_of(objective: Any) -> str | None:
+    """That of Pyro's own ELBOs: their objective is -E_q[log p(y | theta)] + KL(q || prior)."""
+    return "KL" if isinstance(objective, Trace_ELBO | TraceGraph_ELBO | TraceEnum_ELBO) else None
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

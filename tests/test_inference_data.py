@@ -1,5 +1,6 @@
 """What to_inference_data exports, against formulas, quadrature and counts."""
 
+import gc
 import math
 import pickle
 import random
@@ -13,12 +14,21 @@ import pytest
 import torch
 from exact_walk import TUTORIAL_WALK
 from pyro import poutine
-from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from pyro.infer import (
+    MCMC,
+    NUTS,
+    SVI,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
     AutoGuideList,
     AutoIAFNormal,
+    AutoLaplaceApproximation,
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
@@ -32,6 +42,7 @@ from pyro.optim import Adam
 
 from pyrobirds import GeneralizedELBO, Simulator, fit, losses, models, tempered, to_inference_data
 from pyrobirds.arviz_groups import attributes, group, group_names
+from pyrobirds.simulators import repeated
 
 Y = torch.tensor([0.5, 1.0, 2.0])
 WALK = torch.tensor(TUTORIAL_WALK)
@@ -89,8 +100,8 @@ class Counting:
         return theta.unsqueeze(-1) + scale * torch.randn(len(theta), 1)
 
 
-def noisy_model(simulate, loss=losses.mse):
-    simulator = Simulator(simulate, loss)
+def noisy_model(simulate, loss=losses.mse, **options):
+    simulator = Simulator(simulate, loss, **options)
 
     def model(y=None):
         theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
@@ -100,7 +111,7 @@ def noisy_model(simulate, loss=losses.mse):
 
 
 def torch_of(variable):
-    return torch.as_tensor(variable.values)
+    return torch.as_tensor(variable.values, dtype=torch.float)
 
 
 class TestDensities:
@@ -179,9 +190,11 @@ class TestDensities:
     def test_a_point_mass_has_no_density(self):
         guide = AutoDelta(conjugate)
         guide(torch.tensor(1.0))
-        stats = group(to_inference_data(conjugate, guide, torch.tensor(1.0), num_samples=10), "sample_stats")
-        assert set(stats) == {"lp", "loss"}
-        assert "point mass" in stats.attrs["note"]
+        for num_samples in (1, 10):
+            data = to_inference_data(conjugate, guide, torch.tensor(1.0), num_samples=num_samples)
+            stats = group(data, "sample_stats")
+            assert set(stats) == {"lp", "loss"}
+            assert "point mass" in stats.attrs["note"]
 
     def test_other_divergences_have_no_weights(self):
         y = torch.tensor(1.0)
@@ -249,7 +262,7 @@ class TestDimensions:
             found = {str(site): variable.dims for site, variable in group(data, name).data_vars.items()}
             assert found == {site: ("chain", "draw", *dims) for site, dims in variables.items()}, name
         assert group(data, "observed_data")["y"].dims == ("groups", "item")
-        assert group(data, "constant_data")["x"].dims == ("x_dim_0", "x_dim_1")
+        assert group(data, "constant_data")["x"].dims == ("groups", "item")  # of the data of the same shape
         posterior = group(data, "posterior")
         m = torch_of(posterior["a"]).unsqueeze(-1) + torch_of(posterior["b"]).unsqueeze(-2) * x
         torch.testing.assert_close(torch_of(posterior["m"]), m)
@@ -282,9 +295,12 @@ class TestDimensions:
         assert group(data, "constant_data")["x"].dims == ("groups", "item")
         assert int(group(data, "constant_data")["n_groups"]) == 4
         for name in ("observed_data", "posterior_predictive", "prior_predictive"):
-            assert group(data, name)["y"].attrs == {"units": "people"}
+            assert group(data, name)["y"].attrs["units"] == "people"
             assert group(data, name)["item"].attrs == {"long_name": "shop"}
         assert "units" not in group(data, "log_likelihood")["y"].attrs
+        assert group(data, "observed_data")["y"].attrs["plates"] == ["groups", "item"]
+        bounds = {name: {**one.attrs} for name, one in posterior.items() if one.attrs}
+        assert bounds == {"share": {"lower": 0.0, "upper": 1.0}, "b": {"lower": 0.0}}
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -320,8 +336,9 @@ class TestSimulators:
         y = torch.zeros(1)
         guide(y)
         assert simulate.batches == []
-        to_inference_data(model, guide, y, num_samples=100, groups=[*GROUPS, "prior", "log_prior"])
+        data = to_inference_data(model, guide, y, num_samples=100, groups=[*GROUPS, "prior", "log_prior"])
         assert simulate.batches == []
+        assert set(group_names(data)) == {"posterior", "observed_data", "prior", "log_prior"}
         to_inference_data(model, guide, y, num_samples=100, num_repeats=7, batch_size=16)
         assert sum(simulate.batches) == 100 * (7 + 1 + 1)
         assert max(simulate.batches) <= 16
@@ -361,6 +378,48 @@ class TestSimulators:
                 z = (torch_of(x)[..., t] - t * (2 * p - 1)) / (4 * t * p * (1 - p)).sqrt()
                 assert z.mean().abs() < 5 / math.sqrt(2000)
                 assert (z.square().mean() - 1).abs() < 5 * z.square().std() / math.sqrt(2000)
+
+    def test_scales_and_masks_count(self):
+        simulator = Simulator(lambda theta: theta.unsqueeze(-1), losses.mse)
+
+        def model(y):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            with pyro.plate("series", 2), poutine.scale(scale=5.0), poutine.mask(mask=torch.tensor([True, False])):
+                pyro.sample("x", simulator(theta), obs=y)
+
+        data = to_inference_data(model, normal_guide, torch.zeros(2, 1), num_samples=9)
+        theta = torch_of(group(data, "posterior")["theta"])
+        by_series = torch.stack([-5 * theta**2, torch.zeros_like(theta)], -1)
+        torch.testing.assert_close(torch_of(group(data, "log_likelihood")["x"]), by_series)
+        torch.testing.assert_close(torch_of(group(data, "sample_stats")["loss"]), 5 * theta**2)
+        np.testing.assert_array_equal(group(data, "observed_data")["x"], [[0.0], [np.nan]])
+
+    def test_elements_of_a_plate_are_averaged_over_their_own_runs(self):
+        """One in two runs of the second series fails; the loss stays the sum over series."""
+
+        def fragile(theta):
+            x = theta.unsqueeze(-1) + 0.5 * torch.randn(len(theta), 1)
+            second = torch.arange(len(theta)) % 2 == 1
+            return torch.where((second & (torch.rand(len(theta)) < 0.5)).unsqueeze(-1), torch.nan, x)
+
+        simulator = Simulator(fragile, losses.mse)
+
+        def model(y):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            with pyro.plate("series", 2):
+                pyro.sample("x", simulator(theta), obs=y)
+
+        n, repeats = 200, 30
+        with pytest.warns(UserWarning, match=r"\d+ runs failed .* NaN for the 0 draws"):
+            data = to_inference_data(model, normal_guide, torch.zeros(2, 1), num_samples=n, num_repeats=repeats)
+        stats, theta = group(data, "sample_stats"), torch_of(group(data, "posterior")["theta"])
+        total = -torch_of(group(data, "log_likelihood")["x"]).sum(-1)
+        torch.testing.assert_close(total, torch_of(stats["loss"]))
+        of_one = 2 * 0.5**4 + 4 * 0.25 * theta**2  # variance of (theta + noise)^2
+        z = (total - 2 * (theta**2 + 0.25)).mean() / ((of_one * (1 + 2) / repeats).mean() / n).sqrt()
+        assert z.abs() < 5  # fails once in 2 million; the second series has half of the runs
+        ratio = torch_of(stats["loss_variance"]) / (2 * of_one)
+        assert (ratio.mean() - 1).abs() < 5 * ratio.std() / math.sqrt(n)
 
     def test_several_outputs_are_variables_of_one_run(self):
         def fn(theta):
@@ -407,6 +466,8 @@ class TestSimulators:
         data = to_inference_data(model, AutoNormal(model), torch.zeros(1), num_samples=5)
         assert not {"posterior_predictive", "prior_predictive"} & set(group_names(data))
         assert {"posterior", "prior", "log_likelihood", "observed_data"} <= set(group_names(data))
+        with pytest.raises(ValueError, match="'posterior_predictive' cannot be made: no observed site"):
+            to_inference_data(model, AutoNormal(model), torch.zeros(1), num_samples=5, groups=["posterior_predictive"])
 
     def test_missing_data_stay_missing(self):
         y = torch.tensor([0.0, torch.nan, 1.0])
@@ -442,11 +503,20 @@ class TestWeight:
         assert self.w_of(conjugate, normal_guide, self.y, fit=result, w=3) == 3
         assert self.w_of(tempered(conjugate, 7.0), normal_guide, self.y) == 7
 
+    @pytest.mark.parametrize(
+        ("elbo", "has_weights"),
+        [(Trace_ELBO, True), (TraceMeanField_ELBO, True), (RenyiELBO, False)],
+    )
+    def test_of_draws_belongs_to_the_kullback_leibler_divergence(self, elbo, has_weights):
+        result = fit(SVI(conjugate, normal_guide, Adam({}), elbo()), self.y, num_steps=3, progress=False)
+        data = to_inference_data(conjugate, normal_guide, self.y, fit=result, num_samples=5)
+        assert ("log_weight" in group(data, "sample_stats")) == has_weights
+
     def test_of_another_elbo_is_one(self):
         result = fit(SVI(conjugate, normal_guide, Adam({}), Trace_ELBO()), self.y, num_steps=5, progress=False)
         data = to_inference_data(conjugate, normal_guide, self.y, fit=result, num_samples=2)
         assert attributes(data)["w"] == 1
-        assert "divergence" not in attributes(data)
+        assert attributes(data)["divergence"] == "KL"
         assert set(group(data, "history")) == {"total", "smoothed", "grad_norm"}
 
     def test_of_a_tempered_model_is_taken_out_of_its_loss(self):
@@ -457,8 +527,22 @@ class TestWeight:
         for name in ("loss", "lp", "log_weight"):
             np.testing.assert_allclose(group(plain, "sample_stats")[name], group(inside, "sample_stats")[name])
 
+    @pytest.mark.parametrize(
+        "wrapped",
+        [
+            lambda: poutine.scale(tempered(conjugate, 7.0), scale=1.0),
+            lambda: partial(tempered(conjugate, 7.0)),
+            lambda: tempered(tempered(conjugate, 3.5), 2.0),
+        ],
+    )
+    def test_of_a_tempered_model_is_found_inside_of_other_handlers(self, wrapped):
+        data = to_inference_data(wrapped(), normal_guide, self.y, num_samples=5)
+        assert attributes(data)["w"] == 7
+        theta, loss = torch_of(group(data, "posterior")["theta"]), torch_of(group(data, "sample_stats")["loss"])
+        torch.testing.assert_close(loss, -dist.Normal(theta, 1.0).log_prob(self.y))
+
     def test_counts_once(self):
-        with pytest.raises(ValueError, match=r"tempered\(model, w=7\), and w has w=3 too: w would count twice"):
+        with pytest.raises(ValueError, match=r"the model is tempered by w=7, and w is 3: w would count twice"):
             to_inference_data(tempered(conjugate, 7.0), normal_guide, self.y, w=3)
 
     def test_of_zero_has_no_posterior(self):
@@ -516,10 +600,12 @@ class TestFits:
         results[0].load("last")
         assert guides[0].locs.theta.item() == float(results[0].states["last"]["AutoNormal.locs.theta"])
 
-    def test_say_what_the_parameters_are(self):
+    @pytest.mark.parametrize("state", ["averaged", "last"])
+    def test_say_what_the_parameters_are(self, state):
         guide = AutoNormal(conjugate)
         result = self.fit(guide, 0)
-        result.load("last")
+        result.states["last"]["AutoNormal.locs.theta"].add_(3.0)  # far from the average
+        result.load(state)
         value = guide.locs.theta.item()
         with torch.no_grad():
             guide.locs.theta.fill_(100.0)
@@ -564,6 +650,49 @@ class TestFits:
         with pytest.raises(ValueError, match=r"parameter store, where there is room for one fit: pass the results"):
             to_inference_data(conjugate, [normal_guide] * 2, self.y)
 
+    def test_of_models_with_parameters_need_their_results(self):
+        def model(y):
+            scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+            pyro.sample("y", dist.Normal(pyro.sample("theta", dist.Normal(0.0, 1.0)), scale), obs=y)
+
+        guides = [AutoNormal(model) for _ in range(2)]
+        with pytest.raises(ValueError, match=r"the model has parameters of its own, \['scale'\].* pass the results"):
+            to_inference_data(model, guides, self.y)
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+    def test_leave_the_store_alone_after_an_error_that_is_kept(self, error):
+        """The traceback of an error keeps what was running alive, such as the store that it ran with."""
+
+        def model(y, fail=False):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            if fail and theta.dim():
+                raise error("no")
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+        guide = AutoNormal(model)
+        svi = SVI(model, guide, Adam({"lr": 0.1}), GeneralizedELBO(w=2.0))
+        result = fit(svi, self.y, num_steps=20, progress=False)
+        store = dict(pyro.get_param_store().named_parameters())
+        with pytest.raises((error, ValueError)) as kept:
+            to_inference_data(model, guide, self.y, fit=result, model_kwargs={"fail": True})
+        assert {name: id(one) for name, one in pyro.get_param_store().named_parameters()} == {
+            name: id(one) for name, one in store.items()
+        }
+        with torch.no_grad():
+            guide.locs.theta.fill_(7.0)
+        del kept
+        gc.collect()
+        assert guide.locs.theta.item() == 7.0
+
+    def test_of_a_laplace_approximation_keep_their_history(self):
+        guide = AutoLaplaceApproximation(conjugate)
+        result = fit(SVI(conjugate, guide, Adam({"lr": 0.1}), Trace_ELBO()), self.y, num_steps=200, progress=False)
+        data = to_inference_data(conjugate, guide.laplace_approximation(self.y), self.y, fit=result)
+        mean, error = self.means(data)
+        assert abs(mean - 1.5) < error + 0.1
+        assert group(data, "history").sizes["step"] == 200
+        assert "log_weight" in group(data, "sample_stats")
+
 
 class TestMcmc:
     def run(self, model, *args, num_chains=1):
@@ -596,11 +725,33 @@ class TestMcmc:
             a, b = group(data, name), group(svi, name)
             assert {key: value.dims for key, value in a.items()} == {key: value.dims for key, value in b.items()}
 
-    def test_tells_of_divergences(self):
+    def test_keeps_chains_and_their_divergences_apart(self):
         mcmc = self.run(conjugate, Y[0])
-        mcmc._diagnostics[0]["divergences"] = [3, 17]
-        diverging = group(to_inference_data(mcmc), "sample_stats")["diverging"].values
-        assert [*np.flatnonzero(diverging)] == [3, 17]
+        draws = mcmc._samples["theta"]  # a second chain, as MCMC holds it
+        mcmc.num_chains, mcmc._samples = 2, {"theta": torch.cat([draws, draws + 1])}
+        mcmc._diagnostics = [{"divergences": [3, 17]}, {"divergences": [5]}]
+        data = to_inference_data(mcmc)
+        theta = group(data, "posterior")["theta"].values
+        np.testing.assert_array_equal(theta, torch.cat([draws, draws + 1]))
+        assert theta.shape == (2, 30)
+        diverging = group(data, "sample_stats")["diverging"].values
+        assert [[*np.flatnonzero(one)] for one in diverging] == [[3, 17], [5]]
+
+    @pytest.mark.parametrize("of", [lambda model: model, lambda model: repeated(model, 5, seed=1)])
+    def test_of_frozen_noise_has_the_density_that_was_drawn_from(self, of):
+        model = of(noisy_model(Counting(), seed=3))
+        mcmc = self.run(model, torch.zeros(1))
+        data = to_inference_data(mcmc)
+        theta = torch_of(group(data, "posterior")["theta"]).flatten()
+        lp = [
+            poutine.trace(poutine.condition(model, {"theta": one})).get_trace(torch.zeros(1)).log_prob_sum()
+            for one in theta
+        ]
+        stats = group(data, "sample_stats")
+        torch.testing.assert_close(torch_of(stats["lp"]).flatten(), torch.stack(lp))
+        assert (stats.attrs["noisy"], stats.attrs["frozen"]) == (0, 1)
+        with pytest.raises(ValueError, match="num_repeats must be 1 for a simulator with frozen noise"):
+            to_inference_data(mcmc, num_repeats=2)
 
     def test_mistakes_are_named(self):
         with pytest.raises(ValueError, match=r"the MCMC was not run yet: call mcmc.run"):
@@ -639,8 +790,52 @@ class TestBatches:
 
         guide = AutoNormal(model, init_scale=1.0)
         guide(Y[0])
-        with pytest.raises(ValueError, match=r"mixes up draws .*the value of site 'one' is"):
+        with pytest.raises(ValueError, match=r"mixes up draws .*the value of site 'one' for a draw is"):
             to_inference_data(model, guide, Y[0], num_samples=7)
+
+    @pytest.mark.parametrize("groups", [None, ["posterior", "posterior_predictive"]])
+    @pytest.mark.parametrize("site", ["simulator", "ordinary"])
+    def test_that_mix_up_draws_in_front_of_a_site_are_found(self, site, groups):
+        simulate = Simulator(lambda p: p.unsqueeze(-1).expand(-1, 4), losses.mse)
+
+        def model(y):
+            with pyro.plate("group", 3):
+                share = pyro.sample("theta", dist.Normal(0.0, 1.0)).softmax(0)
+                fn = simulate(share) if site == "simulator" else dist.Normal(share.unsqueeze(-1), 1.0).expand([3, 4])
+                pyro.sample("x", fn if site == "simulator" else fn.to_event(1), obs=y)
+
+        def guide(y):
+            with pyro.plate("group", 3):
+                pyro.sample("theta", dist.Normal(0.0, 1.0))
+
+        y = torch.ones(3, 4) / 3
+        what = "a parameter" if site == "simulator" else "the log-probability"
+        if site == "ordinary":
+            with pytest.raises(ValueError, match=r"mixes up draws|could not be run in a batch"):
+                to_inference_data(model, guide, y, num_samples=50, groups=groups)
+        else:
+            with pytest.raises(ValueError, match=f"mixes up draws .* {what} of site 'x'"):
+                to_inference_data(model, guide, y, num_samples=50, groups=groups)
+        data = to_inference_data(model, guide, y, num_samples=5, groups=groups, parallel=False)
+        if site == "simulator":
+            total = group(data, "posterior_predictive")["x"].sum("group")
+            np.testing.assert_allclose(total, 1.0, rtol=1e-5)
+
+    def test_that_mix_up_draws_a_little_are_found(self):
+        """Draws that differ by a thousandth of their size."""
+
+        def model(y):
+            with pyro.plate("i", 3):
+                theta = pyro.sample("theta", dist.Normal(300.0, 10.0))
+                pyro.sample("y", dist.Normal(theta, 0.1), obs=y)
+            pyro.deterministic("mean", theta.mean())
+
+        def guide(y):
+            with pyro.plate("i", 3):
+                pyro.sample("theta", dist.Normal(y, 0.1))
+
+        with pytest.raises(ValueError, match=r"mixes up draws .* the value of site 'mean'"):
+            to_inference_data(model, guide, 300 + Y, num_samples=50)
 
     def test_that_cannot_be_run_say_what_can(self):
         def model(y):
@@ -708,12 +903,124 @@ class TestModels:
         np.testing.assert_allclose(posterior["y"][0, :, :2], np.broadcast_to(Y[:2], (4, 2)))
         np.testing.assert_array_equal(posterior["y"][0, :, 2], posterior["y_unobserved"][0, :, 2])
 
+    @pytest.mark.parametrize("masked", ["obs_mask", "handler", "distribution"])
+    def test_with_masked_data_have_nan_there(self, masked):
+        mask, y = torch.tensor([True, False, True]), torch.tensor([0.5, 0.0, 2.0])
+
+        def model(y):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", 3):
+                if masked == "obs_mask":
+                    pyro.sample("y", dist.Normal(theta, 1.0), obs=y, obs_mask=mask)
+                elif masked == "handler":
+                    with poutine.mask(mask=mask):
+                        pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+                else:
+                    pyro.sample("y", dist.Normal(theta, 1.0).mask(mask), obs=y)
+
+        data = to_inference_data(model, AutoNormal(model), y, num_samples=4)
+        name = "y_observed" if masked == "obs_mask" else "y"
+        np.testing.assert_array_equal(group(data, "observed_data")[name], [0.5, np.nan, 2.0])
+        assert not np.isnan(group(data, "posterior_predictive")[name]).any()
+
+    def test_with_noise_in_their_body_are_noisy(self):
+        def model(y):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            pyro.factor("loss", -((theta + torch.randn(theta.shape) - y) ** 2))
+
+        for parallel in (True, False):
+            data = to_inference_data(model, normal_guide, Y[0], num_samples=5, parallel=parallel)
+            assert group(data, "sample_stats").attrs["noisy"] == 1
+            quiet = to_inference_data(conjugate, normal_guide, Y[0], num_samples=5, parallel=parallel)
+            assert group(quiet, "sample_stats").attrs["noisy"] == 0
+
+    def test_whose_supports_depend_on_latents_are_mapped_by_each_draws_own(self):
+        def model(y):
+            high = pyro.sample("high", dist.Uniform(1.0, 2.0))
+            part = pyro.sample("part", dist.Uniform(torch.zeros(()), high))
+            pyro.sample("y", dist.Normal(part, 1.0), obs=y)
+
+        def guide(y):
+            high = pyro.sample("high", dist.Uniform(1.0, 2.0))
+            pyro.sample("part", dist.Uniform(torch.zeros(()), high))
+
+        for parallel in (True, False):
+            data = to_inference_data(model, guide, Y[0], num_samples=50, unconstrained=True, parallel=parallel)
+            high, part = (torch_of(group(data, "posterior")[name]) for name in ("high", "part"))
+            assert group(data, "posterior")["high"].attrs == {"lower": 1.0, "upper": 2.0}
+            assert group(data, "posterior")["part"].attrs == {}
+            mapped = torch_of(group(data, "unconstrained_posterior")["part"])
+            torch.testing.assert_close(mapped, (part / (high - part)).log(), rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("by", ["svi", "mcmc"])
+    def test_with_latents_that_are_summed_over_have_no_loss_at_their_draws(self, by):
+        @config_enumerate
+        def model(y):
+            loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+            with pyro.plate("data", len(y)):
+                z = pyro.sample("z", dist.Bernoulli(0.5))
+                pyro.sample("y", dist.Normal(loc * (2 * z - 1), 1.0), obs=y)
+
+        y = torch.tensor([-3.0, 3.0, 3.1])
+        options = {"num_samples": 5}
+        if by == "svi":
+            source = (model, AutoNormal(poutine.block(model, hide=["z"])), y)
+        else:
+            mcmc = MCMC(NUTS(model), num_samples=5, warmup_steps=5, disable_progbar=True)
+            mcmc.run(y)
+            source = (mcmc,)
+        with pytest.warns(UserWarning, match=r"has no draws of the latents \['z'\]"):
+            data = to_inference_data(*source, **options)
+        assert set(group(data, "posterior")) == {"loc"}
+        assert not {"sample_stats", "log_likelihood"} & set(group_names(data))
+        assert "['z']" in group(data, "posterior").attrs["note"]
+        warned = pytest.warns(UserWarning, match="has no draws")
+        with warned, pytest.raises(ValueError, match="'sample_stats' cannot be made: the model has"):
+            to_inference_data(*source, **options, groups=["sample_stats"])
+
+    def test_with_auxiliary_variables_in_the_guide_have_no_density(self):
+        def guide(y):
+            u = pyro.sample("u", dist.Normal(0.0, 0.5), infer={"is_auxiliary": True})
+            pyro.sample("theta", dist.Normal(0.5 + u, 0.5))
+
+        stats = group(to_inference_data(conjugate, guide, Y[0], num_samples=9), "sample_stats")
+        assert set(stats) == {"lp", "loss"}
+        scaled_guide = poutine.scale(normal_guide, scale=0.1)
+        stats = group(to_inference_data(conjugate, scaled_guide, Y[0], num_samples=9), "sample_stats")
+        assert set(stats) == {"lp", "loss"}
+        assert "no density" in stats.attrs["note"]
+
+    def test_may_take_arrays_of_any_kind(self):
+        def model(y, **covariates):
+            conjugate(y)
+
+        def guide(y, **covariates):
+            normal_guide(y)
+
+        covariates = {
+            "names": np.array(["a", "b"]),
+            "days": np.array(["2020-01-01"], dtype="datetime64[D]"),
+            "backwards": np.arange(3.0)[::-1],
+            "number": np.int64(3),
+            "objects": np.array([None, {}], dtype=object),
+            "nothing": None,
+            "text": "text",
+        }
+        data = to_inference_data(model, guide, Y[0], num_samples=2, model_kwargs=covariates)
+        constants = group(data, "constant_data")
+        assert set(constants) == {"names", "days", "backwards", "number"}
+        np.testing.assert_array_equal(constants["backwards"], [2, 1, 0])
+
+    def test_and_guides_that_are_swapped_are_named(self):
+        with pytest.raises(TypeError, match="model must be the Pyro model, got the guide AutoNormal: it comes second"):
+            to_inference_data(AutoNormal(conjugate), conjugate, Y[0])
+
     def test_whose_prior_cannot_be_drawn_lose_that_group_alone(self):
         def model(y):
             theta = pyro.sample("theta", dist.ImproperUniform(dist.constraints.real, (), ()))
             pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
 
-        with pytest.warns(UserWarning, match="the group prior(_predictive)? is left out, .*NotImplementedError"):
+        with pytest.warns(UserWarning, match="prior_predictive and prior left out, .*NotImplementedError"):
             data = to_inference_data(model, normal_guide, Y[0], num_samples=5)
         assert not {"prior", "prior_predictive"} & set(group_names(data))
         assert "posterior_predictive" in group_names(data)
@@ -729,8 +1036,9 @@ class TestModels:
         model = noisy_model(fn)
         guide = AutoNormal(model, init_scale=0.1)
         guide(torch.zeros(1))
-        with pytest.warns(UserWarning, match="the group prior_predictive is left out, .*OverflowError: too large"):
+        with pytest.warns(UserWarning, match="^prior_predictive left out, .*OverflowError: too large") as caught:
             data = to_inference_data(model, guide, torch.zeros(1), num_samples=500)
+        assert [one.filename for one in caught] == [__file__]
         assert "prior" in group_names(data)
         assert "prior_predictive" not in group_names(data)
 
@@ -739,11 +1047,12 @@ class TestModels:
 
         def model(y):
             theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
-            pyro.sample("extra", dist.Normal(theta, 0.001))
-            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+            extra = pyro.sample("extra", dist.Normal(theta, 0.001))
+            pyro.sample("y", dist.Normal(100 * extra, 0.1), obs=y)
 
-        with pytest.warns(UserWarning, match=r"the guide has no draws of the latents \['extra'\]: theirs are"):
+        with pytest.warns(UserWarning, match=r"has no draws of the latents \['extra'\]: theirs are") as caught:
             data = to_inference_data(model, normal_guide, Y[0], num_samples=50)
+        assert [one.filename for one in caught] == [__file__]
         posterior = group(data, "posterior")
         np.testing.assert_allclose(posterior["extra"], posterior["theta"], atol=0.006)
         assert set(group(data, "log_prior")) == {"theta"}
