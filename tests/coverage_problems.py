@@ -1,12 +1,9 @@
-"""Models and calibrations that other processes can import, and coverage in a process that can be killed.
-
-python coverage_problems.py RESULT CHECKPOINT
-"""
+"""Models and calibrations that other processes can import, and coverage in a process that can be killed."""
 
 from __future__ import annotations
 
-import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +20,7 @@ from pyrobirds.diagnostics import coverage
 
 NUM_DATASETS = 30
 SLOW = {"num_datasets": NUM_DATASETS, "levels": [0.5, 0.9], "seed": 4, "progress": False}
+LARGE = 2.0
 
 
 def exported(**draws: Any) -> Any:
@@ -45,7 +43,7 @@ def calibrate(data: dict[str, Tensor], scale: float = 1.0, shift: float = 0.0, n
 
 
 def calibrate_slowly(data: dict[str, Tensor]) -> Any:
-    time.sleep(0.05)
+    time.sleep(0.01)
     return calibrate(data)
 
 
@@ -56,7 +54,7 @@ def calibrate_in_double(data: dict[str, Tensor]) -> Any:
 
 
 def fail_for_large(data: dict[str, Tensor]) -> Any:
-    if data["y"] > 2.0:
+    if data["y"] > LARGE:
         raise ArithmeticError(f"no posterior for {data['y']:.3f}")
     return calibrate(data)
 
@@ -75,6 +73,5 @@ def fit_walk(data: dict[str, Tensor]) -> Any:
     )
 
 
-if __name__ == "__main__":
-    target, checkpoint = sys.argv[1:]
+def run_slowly(target: Path, checkpoint: Path) -> None:
     coverage(model, calibrate_slowly, torch.tensor(0.0), checkpoint=checkpoint, **SLOW).data.to_netcdf(target)

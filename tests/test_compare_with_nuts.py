@@ -20,12 +20,13 @@ import torch
 from exact_walk import TUTORIAL_WALK, best_gaussian
 from pyro import poutine
 from pyro.infer import SVI
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.infer.autoguide.initialization import init_to_value
 from simulators_for_tests import drift, model_of
 from torch import Tensor
 
 from pyrobirds import GeneralizedELBO, Simulator, fit, losses, models, tempered
-from pyrobirds.diagnostics.nuts import _deviations, _frozen_errors, compare_with_nuts
+from pyrobirds.diagnostics.nuts import _as_of_posterior, _deviations, _draw, _frozen_errors, compare_with_nuts
 from pyrobirds.simulators import repeated
 from pyrobirds.traces import particles
 
@@ -79,17 +80,82 @@ def test_right_wide_narrow_and_shifted() -> None:
 
 def test_the_random_walk() -> None:
     """The frozen runs move NUTS by a multiple of its standard error here, at w = 10: that is in the z."""
-    w = 10.0
-    best = best_gaussian(TUTORIAL_WALK, w)
-    compare = partial(compare_with_nuts, models.random_walk, w=w, num_samples=400, warmup_steps=200, progress=False)
-    y = torch.tensor(TUTORIAL_WALK)
-    right = compare(scalar(best.mean, best.sd), y).loc["theta"]
+    best, y = best_gaussian(TUTORIAL_WALK, 10.0), torch.tensor(TUTORIAL_WALK)
+    options: dict[str, Any] = {"num_samples": 400, "warmup_steps": 200, "progress": False}
+    right = compare_with_nuts(models.random_walk, scalar(best.mean, best.sd), y, w=10.0, **options).loc["theta"]
     assert abs(right["mean_z"]) < 4.5
     assert abs(right["sd_z"]) < 4.5
     assert 0.1 < right["frozen_error"] < 0.5
-    wrong = compare(scalar(best.mean + 2 * best.sd, 2 * best.sd), y, num_repeats=400).loc["theta"]
-    assert wrong["mean_z"] > 4.5
-    assert wrong["sd_z"] > 4.5
+
+
+def test_the_random_walk_by_default() -> None:
+    """Twice as wide and 3 sds beside: over four seeds sd_z was 9 to 11 and mean_z 11 to 14."""
+    best = best_gaussian(TUTORIAL_WALK, 10.0)
+    guide = scalar(best.mean + 3 * best.sd, 2 * best.sd)
+    row = compare_with_nuts(models.random_walk, guide, torch.tensor(TUTORIAL_WALK), w=10.0, progress=False).loc["theta"]
+    assert row["mean_z"] > 4.5
+    assert row["sd_z"] > 4.5
+
+
+@pytest.mark.parametrize(("w", "sd", "expected"), [(10.0, 0.4, 0.25), (10.0, 1.0, 0.25), (100.0, 1.0, 0.065)])
+def test_probes_of_wide_guides_become_those_of_the_posterior(w: float, sd: float, expected: float) -> None:
+    """Their frozen error then is that of the posterior, and not the guide's: 0.8, 1.5 and 0.15 of its sds.
+
+    Over 25 seeds it was 0.25 and 0.065 with sds of a sixth of that, and the mean was off by 0.33 posterior sds.
+    """
+    best, y, num_repeats = best_gaussian(TUTORIAL_WALK, w), torch.tensor(TUTORIAL_WALK), 100
+    frozen = partial(tempered(repeated(models.random_walk, num_repeats, seed=0), w), y)
+    each_run = partial(particles(num_repeats, 0)(tempered(repeated(models.random_walk, 1, seed=0), w)), y)
+    probes = [_draw(models.random_walk, scalar(best.mean, sd), (y,), {}) for _ in range(100)]
+    draws = _as_of_posterior(frozen, probes)
+    theta = draws["theta"].double().unsqueeze(1)
+    assert abs(theta.mean() - best.mean) < 4 * 0.33 * best.sd
+    error = _frozen_errors(theta, _deviations(each_run, draws))[0] / theta.std()
+    assert float(error) == pytest.approx(expected, rel=0.6)
+
+
+def test_the_parameters_are_those_of_the_fit() -> None:
+    """Model and guide have some in the parameter store, which was cleared, and start far off.
+
+    The posterior is N((y - shift) / 2, 1 / 2).
+    """
+
+    def model(y: Tensor) -> None:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(theta + pyro.param("shift", torch.tensor(50.0)), 1.0), obs=y)
+
+    def guide(y: Tensor) -> None:
+        pyro.sample("theta", dist.Normal(pyro.param("mean", torch.tensor(50.0)), 0.5**0.5))
+
+    y = torch.tensor(2.1)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), GeneralizedELBO())
+    fitted = fit(svi, y, num_steps=30, progress=False)
+    right = {"mean": torch.tensor(1.0), "shift": torch.tensor(0.1)}
+    pyro.clear_param_store()
+    row = compare_with_nuts(
+        model, guide, y, fit=dataclasses.replace(fitted, states={fitted.state: right}), progress=False
+    ).loc["theta"]
+    assert [*pyro.get_param_store().keys()] == []
+    assert abs(row["mean_z"]) < 4.5
+    assert abs(row["sd_z"]) < 4.5
+    assert abs(row["nuts_mean"] - 1) < 4.5 * 0.5**0.5 / row["nuts_ess"] ** 0.5
+
+
+def test_a_tempered_model_brings_its_w() -> None:
+    """As if it were given: the posterior is N(y / (1 + w), w / (1 + w))."""
+    w = 3.0
+    guide = gaussian(Y / (1 + w), torch.full((4,), math.sqrt(w / (1 + w))))
+    options: dict[str, Any] = {"num_samples": 100, "warmup_steps": 50, "progress": False}
+    plain = compare_with_nuts(conjugate, guide, Y, w=w, **options)
+    assert compare_with_nuts(tempered(conjugate, w), guide, Y, **options).equals(plain)
+
+
+def test_a_point_mass_is_infinitely_narrow() -> None:
+    guide = AutoDelta(conjugate, init_loc_fn=init_to_value(values={"theta": Y / 2}))
+    table = compare_with_nuts(conjugate, guide, Y, num_samples=200, warmup_steps=50, progress=False)
+    assert (table["guide_sd"] == 0).all()
+    assert (table["sd_z"] == -math.inf).all()
+    assert (table["mean_z"].abs() < 4.5).all()
 
 
 def test_the_error_of_frozen_runs_is_the_spread_over_their_seeds() -> None:
@@ -169,6 +235,20 @@ def test_another_divergence() -> None:
     # Its w is that of the fit: 1 / precision is w / (2 + w).
     table = compare_with_nuts(model, guide, Y, fit=fitted, num_samples=200, warmup_steps=100, progress=False)
     assert table.loc["theta", "nuts_sd"] == pytest.approx(0.5**0.5, rel=0.4)
+
+
+def test_w_twice() -> None:
+    refused("the model is tempered by w=10, and w is 10: ", tempered(conjugate, 10), gaussian(Y, Y.exp()), w=10)
+
+
+def test_several_guides() -> None:
+    several: Any = [scalar(0.0, 1.0)] * 2
+    with pytest.raises(
+        TypeError, match="one Pyro guide and fit its result, got a list and a NoneType: compare several"
+    ):
+        compare_with_nuts(conjugate, several, Y, **QUICK)
+    with pytest.raises(TypeError, match="got a function and a list: compare several one after another"):
+        compare_with_nuts(conjugate, several[0], Y, fit=several, **QUICK)
 
 
 def test_a_loss_without_gradient() -> None:

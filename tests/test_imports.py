@@ -28,7 +28,9 @@ LAYERS = (
     {"origins"},
     {"labelling"},
     {"inference_data"},
-    {"diagnostics.calibration", "diagnostics.nuts", "fitting"},
+    {"diagnostics.nuts", "diagnostics.simulated_datasets", "fitting"},
+    {"diagnostics.coverage_file"},
+    {"diagnostics.calibration"},
     {"diagnostics"},
 )
 # Imports within a layer: (importer, prefix of what it may import).

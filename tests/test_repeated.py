@@ -137,6 +137,22 @@ def test_sites_have_noise_of_their_own_and_outputs_of_a_call_share_it() -> None:
     assert not torch.equal(log_prob["up 0"], log_prob["up 1"])
 
 
+def test_sites_of_one_output_have_noise_of_their_own() -> None:
+    """Whenever they are asked for: the run is made outside of the model. The other output shares that of the first."""
+    run = Simulator(lambda theta: {"x": drift(theta, T), "z": line(theta)}, {"x": losses.mse, "z": losses.mse})(
+        torch.tensor(0.0)
+    )
+
+    def model() -> None:
+        for name, output in (("a", "x"), ("b", "x"), ("z", "z")):
+            pyro.sample(name, run[output], obs=Y if output == "x" else Y[:4])
+
+    frozen = repeated(model, 6, seed=1)
+    first, again = ({name: score(frozen, site=name) for name in ("a", "b", "z")} for _ in range(2))
+    assert not torch.equal(first["a"], first["b"])
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
 @pytest.mark.parametrize("w", [100, 10])
 def test_nuts_draws_from_the_posterior_of_the_frozen_walk(w: float) -> None:
     """Its loss has steps in theta and a straight-through gradient, which is not its own: the density is what counts.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import NamedTuple
 
@@ -177,14 +178,15 @@ class Coverage:
             exact p-values; ``verdict``: what departs, in words, or "". A verdict comes up for calibrated posteriors
             with a probability of at most 0.05, over all elements and tests together (Bonferroni).
         """
-        return pd.DataFrame(self._tests(), index=self.data.indexes["element"])
+        return pd.DataFrame(self._tests, index=self.data.indexes["element"])
 
+    @cached_property
     def _tests(self) -> list[_Test]:
-        least = FALSE_ALARMS / (3 * self.data.sizes["element"])
-        return [_test(pit, least) for pit in self.data["pit"].transpose("element", "dataset").values]
+        least, tails = FALSE_ALARMS / (3 * self.data.sizes["element"]), _tails(self.data.sizes["dataset"])
+        return [_test(pit, least, tails) for pit in self.data["pit"].transpose("element", "dataset").values]
 
     def __str__(self) -> str:
-        n, names, tests = self.data.sizes["dataset"], self.data["element"].values, self._tests()
+        n, names, tests = self.data.sizes["dataset"], self.data["element"].values, self._tests
         lines = [
             f"Coverage over {n:,} simulated datasets, each with {self.data.attrs['num_draws']:,} posterior draws.",
             *(self._departure(place, test) for place, test in enumerate(tests) if test.verdict),
@@ -257,13 +259,13 @@ def _band(levels: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     return held.ppf((1 - BAND) / 2) / n, held.ppf((1 + BAND) / 2) / n
 
 
-def _test(pit: np.ndarray, least: float) -> _Test:
+def _test(pit: np.ndarray, least: float, tails: np.ndarray) -> _Test:
     n, z = len(pit), stats.norm.ppf(pit)
     shift, width = z.mean(), z.std(ddof=1)
     squares = (n - 1) * width**2
     p_shift = 2 * stats.t.sf(abs(shift) * n**0.5 / width, n - 1)
     p_width = 2 * min(stats.chi2.cdf(squares, n - 1), stats.chi2.sf(squares, n - 1))
-    p_shape = _shape_p_value(pit)
+    p_shape = _shape_p_value(pit, tails)
     found = []
     if p_width < least:
         found.append("too narrow" if width > 1 else "too wide")
@@ -274,7 +276,13 @@ def _test(pit: np.ndarray, least: float) -> _Test:
     return _Test(float(shift), float(width), float(p_shift), float(p_width), p_shape, " and ".join(found))
 
 
-def _shape_p_value(pit: np.ndarray) -> float:
+def _tails(n: int) -> np.ndarray:
+    """The smaller of the two tails of how many of n uniform numbers lie below z = 1/n, ..., (n - 1)/n: (z, count)."""
+    z, counts = np.arange(1, n)[:, None] / n, np.arange(n + 1)
+    return np.minimum(stats.binom.cdf(counts, n, z), stats.binom.sf(counts - 1, n, z))
+
+
+def _shape_p_value(pit: np.ndarray, tails: np.ndarray) -> float:
     """The probability that n uniform numbers leave at least as narrow a band around their distribution as these.
 
     How many of them lie below z = 1/n, ..., (n - 1)/n is binomial; the band holds the counts whose tail, of the two the
@@ -282,10 +290,7 @@ def _shape_p_value(pit: np.ndarray) -> float:
     total, so the probability to stay in the band is a chain of convolutions.
     """
     n = len(pit)
-    z = np.arange(1, n) / n
-    counts = np.arange(n + 1)
-    tails = np.minimum(stats.binom.cdf(counts, n, z[:, None]), stats.binom.sf(counts - 1, n, z[:, None]))
-    seen = np.searchsorted(np.sort(pit), z, side="right")
+    seen = np.searchsorted(np.sort(pit), np.arange(1, n) / n, side="right")
     inside = tails > tails[np.arange(n - 1), seen].min() * (1 + 1e-9)  # the same tail seen from the other side is a tie
     steps = stats.poisson.pmf(np.arange(min(n, 40) + 1), 1)  # beyond 40 less than 1e-49
     reached = np.eye(1, n + 1)[0]

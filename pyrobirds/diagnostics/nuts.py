@@ -23,6 +23,8 @@ from pyrobirds import _checks, arviz_groups, traces
 from pyrobirds._rng import forked_rng
 from pyrobirds.fit_result import FitResult
 from pyrobirds.inference_data import to_inference_data
+from pyrobirds.origins import of_guides, parameters_of, weight
+from pyrobirds.sampling import Model
 from pyrobirds.simulators.repeats import repeated
 from pyrobirds.tempering import tempered
 
@@ -68,11 +70,12 @@ def compare_with_nuts(
     NUTS itself: Hoffman and Gelman 2014, https://jmlr.org/papers/v15/hoffman14a.html.
 
     Args:
-        model: the Pyro model that the guide was fitted to, neither tempered nor repeated for it.
-        guide: the guide.
+        model: the Pyro model that the guide was fitted to, not repeated for it.
+        guide: the guide, a single one.
         *args: what the model takes, its data included.
-        w: the weight of the divergence in the fit; that of ``fit`` if not given, or else 1.
-        fit: what :func:`pyrobirds.fit` returned.
+        w: the weight of the divergence in the fit; else that of ``fit``, else that of ``tempered(model, w)``, else 1.
+        fit: what :func:`pyrobirds.fit` returned. Parameters are those of the state that it is in (``fit.state``),
+            whatever became of them since.
         num_samples: how many draws of the guide, and of each chain of NUTS.
         warmup_steps: steps of NUTS before its draws, in which it adapts.
         num_chains: how many chains, one after another. Each starts at a draw of the guide.
@@ -88,13 +91,15 @@ def compare_with_nuts(
         standard errors; ``sd_ratio``, guide by NUTS, and ``sd_z``, its logarithm in standard errors; ``nuts_ess``, the
         effective sample size; ``r_hat``, between halves of chains; ``frozen_error`` in standard deviations. With a
         guide that is right the z are standard normal, but for the errors of their own standard errors: beyond 4 a
-        difference is one of the guide.
+        difference is one of the guide. With a few hundred draws of a skewed posterior, ``sd_z`` leans upwards, by up to
+        a half. A guide that is a point mass has an ``sd_z`` of minus infinity.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind; the fit has another divergence, under which the optimum
-            is another one; a latent is discrete; the loss does not depend differentiably on the latents; the density is
-            random or, at a draw of the guide, not finite; the frozen runs move the mean by more than half of the
-            posterior's standard deviation, in which case the error says how many are needed.
+        TypeError, ValueError: an argument is of the wrong kind; the model is tempered and there is a ``w`` besides; the
+            fit has another divergence, under which the optimum is another one; a latent is discrete; the loss does not
+            depend differentiably on the latents; the density is random or, at a draw of the guide, not finite; the
+            frozen runs move the mean by more than half of the posterior's standard deviation, going by draws of the
+            guide with importance weights, in which case the error says how many are needed.
 
     Warns:
         RuntimeWarning: trajectories of NUTS diverged, or frozen runs failed and were left out.
@@ -117,22 +122,27 @@ def compare_with_nuts(
     num_repeats = _checks.positive_int("num_repeats", num_repeats)
     if num_samples < 4 or num_repeats < 2:
         raise ValueError(f"num_samples must be at least 4 and num_repeats 2, got {num_samples} and {num_repeats}")
-    if fit is not None and fit.divergence not in (None, "KL"):
+    if not callable(guide) or isinstance(fit, list | tuple):
+        raise TypeError(
+            f"guide must be one Pyro guide and fit its result, got a {type(guide).__name__} and a "
+            f"{type(fit).__name__}: compare several one after another"
+        )
+    origin = of_guides(model, guide, args, model_kwargs, w, fit)
+    if fit is not None and not origin.has_weights:
         raise ValueError(
             f"the fit was made with the divergence {fit.divergence}, and NUTS draws from the optimum under the "
             "Kullback-Leibler divergence: fit the guide with divergences.KL() to compare it"
         )
-    if w is None:
-        w = 1.0 if fit is None or fit.w is None else fit.w
-    kwargs = {**(model_kwargs or {})}
-    seed = _checks.seed("seed", seed)
-    frozen = partial(tempered(repeated(model, num_repeats, seed), w), *args, **kwargs)
-    with forked_rng(seed), pyro.validation_enabled(False):  # else a run that fails is warned of at each evaluation
+    kwargs, seed = origin.kwargs, _checks.seed("seed", seed)
+    with (
+        forked_rng(seed),
+        pyro.validation_enabled(False),  # else a run that fails is warned of at each evaluation
+        parameters_of(fit, model, guide, args, kwargs),
+    ):
         exported = to_inference_data(
             model,
             guide,
             *args,
-            fit=fit,
             groups=["posterior"],
             num_samples=num_samples,
             parallel=parallel,
@@ -141,39 +151,66 @@ def compare_with_nuts(
             model_kwargs=kwargs,
         )
         probes = [_draw(model, guide, args, kwargs) for _ in range(max(num_chains, _NUM_PROBES))]
-        for start in probes[:num_chains]:
+        starts = [probe.values for probe in probes[:num_chains]]
+        of_model = Model(model, args, kwargs, starts[0], 0, parallel).tempered
+        temper = partial(tempered, w=weight(w, fit, of_model) / of_model)
+        frozen = partial(temper(repeated(model, num_repeats, seed)), *args, **kwargs)
+        for start in starts:
             _check_start(frozen, start)
         nesting = traces.plate_nesting(model, guide, args, kwargs)
         # Frozen noise hangs on the number of runs in a batch alone: these are, one by one, those that are averaged.
-        one_by_one = traces.particles(num_repeats, nesting)(tempered(repeated(model, 1, seed), w))
-        each_run = partial(one_by_one, *args, **kwargs)
-        _check_repeats(each_run, num_repeats, {name: torch.stack([at[name] for at in probes]) for name in probes[0]})
+        each_run = partial(traces.particles(num_repeats, nesting)(temper(repeated(model, 1, seed))), *args, **kwargs)
+        _check_repeats(each_run, num_repeats, _as_of_posterior(frozen, probes))
         chains = []
-        for start in probes[:num_chains]:
+        for start in starts:
             kernel = NUTS(frozen, init_strategy=init_to_value(values=start), max_plate_nesting=nesting)
             chains.append(MCMC(kernel, num_samples, warmup_steps, disable_progbar=not progress))
             chains[-1].run()
         _warn_of_divergences(chains)
         found = [mcmc.get_samples() for mcmc in chains]
-        samples = {name: torch.stack([one[name] for one in found]) for name in probes[0]}
+        samples = {name: torch.stack([one[name] for one in found]) for name in starts[0]}
         deviations = _deviations(each_run, {name: draws.flatten(0, 1) for name, draws in samples.items()})
         _warn_of_failures(deviations)
     posterior = arviz_groups.group(exported, "posterior")
     return pd.concat([_rows(posterior[name], samples[name], deviations) for name in samples])
 
 
-def _draw(model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """A draw of the guide: what the model's latents are."""
+class _Probe(NamedTuple):
+    """A draw of the guide: what the model's latents are, and the log-density that they were drawn with."""
+
+    values: dict[str, Tensor]
+    log_q: Tensor
+
+
+def _draw(model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Probe:
     with torch.no_grad():
-        model_trace, _ = traces.run(model, guide, args, kwargs)
-    latents = {name: site for name, site in traces.sample_sites(model_trace).items() if not site["is_observed"]}
-    for name, site in latents.items():
-        if site["fn"].support.is_discrete:
-            raise ValueError(
-                f"latent site {name!r} is discrete ({type(site['fn']).__name__}), and NUTS needs the gradient by every "
-                "latent: compare a model without discrete latents, for example with them summed out"
-            )
-    return {name: site["value"].detach() for name, site in latents.items()}
+        model_trace, guide_trace = traces.run(model, guide, args, kwargs)
+        latents = {name: site for name, site in traces.sample_sites(model_trace).items() if not site["is_observed"]}
+        for name, site in latents.items():
+            if site["fn"].support.is_discrete:
+                raise ValueError(
+                    f"latent site {name!r} is discrete ({type(site['fn']).__name__}), and NUTS needs the gradient by "
+                    "every latent: compare a model without discrete latents, for example with them summed out"
+                )
+        of_prior = model_trace.log_prob_sum(lambda name, _: name in latents and name not in guide_trace)
+        log_q = torch.as_tensor(guide_trace.log_prob_sum() + of_prior)
+    return _Probe({name: site["value"].detach() for name, site in latents.items()}, log_q)
+
+
+def _as_of_posterior(model: Fn, probes: list[_Probe]) -> dict[str, Tensor]:
+    """Draws of the guide, resampled by their importance weights, and stacked.
+
+    Where the posterior has few of them, they come out closer together than its own draws.
+    """
+    log_weights = []
+    with torch.no_grad():
+        for probe in probes:
+            trace = poutine.trace(poutine.condition(model, probe.values)).get_trace()
+            log_weights.append(torch.as_tensor(trace.log_prob_sum()).double() - probe.log_q)
+    lowest = torch.finfo(torch.double).min
+    weights = torch.stack(log_weights).nan_to_num(nan=lowest, posinf=lowest).softmax(0)
+    chosen = [probes[i].values for i in weights.multinomial(len(probes), replacement=True).tolist()]
+    return {name: torch.stack([values[name] for values in chosen]) for name in chosen[0]}
 
 
 def _check_start(model: Fn, start: Mapping[str, Tensor]) -> None:
@@ -203,7 +240,7 @@ def _check_start(model: Fn, start: Mapping[str, Tensor]) -> None:
 
 
 def _check_repeats(each_run: Fn, num_repeats: int, draws: Mapping[str, Tensor]) -> None:
-    """Raise if the frozen runs move the posterior on the scale of its width, going by draws of the guide.
+    """Raise if the frozen runs move the posterior on the scale of its width, going by draws like its own.
 
     NUTS would take very long, for the density has steps on the scale of the posterior, and the result say nothing.
     """
@@ -277,6 +314,7 @@ def _moments(x: Tensor, ess: Tensor | float, ess_of_squares: Tensor | float) -> 
     squares = (x - mean).square()
     # By the delta method the relative error of an sd is half of its square's.
     log_sd_error = (squares.var(0) / ess_of_squares).sqrt() / (2 * variance)
+    log_sd_error = torch.where(variance > 0, log_sd_error, 0)  # a point mass is known to be one
     return _Moments(mean, variance.sqrt(), (variance / ess).sqrt(), log_sd_error)
 
 

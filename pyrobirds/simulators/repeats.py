@@ -24,7 +24,7 @@ class _RepeatMessenger(Messenger):
     def _pyro_sample(self, msg: Message) -> None:
         site = traces.innermost(msg["fn"])
         if isinstance(site, SimulatorSite):
-            run = site.run.repeated(self.num_repeats, self.seed, str(msg["name"]))
+            run = site.run.repeated(self.num_repeats, self.seed, site.output, str(msg["name"]))
             msg["fn"] = _with_innermost(msg["fn"], SimulatorSite(run, site.output, site.batch_shape))
 
 
@@ -49,7 +49,8 @@ def repeated(model: Callable[..., Any], num_repeats: int, seed: int | None = Non
 
     With a ``seed`` the runs have noise that stays the same, as NUTS needs it: the log-probability is deterministic for
     a fixed batch shape. It is then the expected loss but for an error of sd :math:`\mathrm{sd}(\ell | \theta) /
-    \sqrt{R}`, which other seeds show. Outputs of one call share their runs; any other site has noise of its own.
+    \sqrt{R}`, which other seeds show. Different outputs of one call share their runs; any other two
+    sites have noise of their own.
 
     A draw's loss is the mean over those of its runs that did not fail, an estimate of :math:`E[\ell | \theta,
     \mathrm{worked}]`, and NaN if all of them failed. How many did, the site says: ``fn.num_failed`` of a scored trace's

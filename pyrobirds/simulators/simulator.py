@@ -310,19 +310,22 @@ class Run(Mapping[str, "SimulatorSite"]):
         self.seed = seed
         self.repeats = torch.Size(repeats)
         self._unserved: dict[Any, Simulated] = {}
-        self._repeated: dict[Any, Run] = {}
+        self._repeated: dict[Any, list[tuple[Run, dict[str | None, str]]]] = {}  # and the sites by output
 
-    def repeated(self, num_repeats: int, seed: int | None, name: str) -> Run:
+    def repeated(self, num_repeats: int, seed: int | None, output: str | None, name: str) -> Run:
         """The run with as many times the simulations to a draw: one for all outputs, so that they still share it.
 
-        What is frozen hangs on the name of the site that asks first, else several sites would have the same noise.
+        What is frozen hangs on the name of the site that asks first, else several sites would have the same noise; for
+        that a second site of one output gets another run.
         """
-        key = num_repeats, seed
-        if key not in self._repeated:
-            own = self.seed if seed is None else crc32(f"{seed} {name}".encode())
-            repeats = torch.Size([self.repeats.numel() * num_repeats])
-            self._repeated[key] = Run(self.simulator, self.theta, own, repeats)
-        return self._repeated[key]
+        runs = self._repeated.setdefault((num_repeats, seed), [])
+        for run, names in runs:
+            if names.setdefault(output, name) == name:
+                return run
+        own = self.seed if seed is None else crc32(f"{seed} {name}".encode())
+        run = Run(self.simulator, self.theta, own, [self.repeats.numel() * num_repeats])
+        runs.append((run, {output: name}))
+        return run
 
     def site(self, output: str | None) -> SimulatorSite:
         return SimulatorSite(self, output, self.theta.batch_shape)
@@ -387,6 +390,11 @@ class SimulatorSite(TorchDistribution):
     def can_be_drawn(self) -> bool:
         """Whether there is an output to draw."""
         return not self.run.simulator.scores_inside
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the noise of what is scored stays the same, for each place in a batch."""
+        return self.run.seed is not None
 
     @property
     def cause(self) -> str:
