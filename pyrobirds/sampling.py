@@ -29,14 +29,13 @@ Values = Mapping[str, Tensor]  # by site, (number of draws, *shape in a single r
 
 
 class _Unobserved(Messenger):
+    """Draws observed sites, but for factors and losses without an output; runs of simulators that raise are NaN."""
+
     def _pyro_sample(self, msg: Message) -> None:
         if msg["is_observed"] and not (_is_delta(msg) or site_is_subsample(msg)) and _can_be_drawn(msg):
             msg["is_observed"], msg["done"], msg["value"] = False, False, None
-
-
-def unobserved(model: Fn) -> Fn:
-    """The model with its observed sites drawn instead, factors and losses without an output left as they are."""
-    return _Unobserved()(model)
+            if traces.can_fail(msg):
+                traces.innermost(msg["fn"]).run.draws_may_fail = True
 
 
 class _At(Messenger):
@@ -309,7 +308,7 @@ class Model:
             observed: keep the data; else draw what is observed.
             parallel: whether in one batch; None: as the model is to be run.
         """
-        model = self.model if observed else unobserved(self.model)
+        model = self.model if observed else _Unobserved()(self.model)
         wanted = (values, score, unconstrain)
         if not (self.parallel if parallel is None else parallel):
             runs = [self._see(model, {name: at[name][i] for name in at}, *wanted) for i in range(n)]

@@ -4,6 +4,7 @@ import gc
 import math
 import pickle
 import random
+import warnings
 from functools import partial
 from typing import ClassVar
 
@@ -1028,19 +1029,49 @@ class TestModels:
             to_inference_data(model, normal_guide, Y[0], num_samples=5, groups=["prior"])
 
     def test_whose_prior_cannot_be_simulated_keep_its_parameters(self):
-        def fn(theta):
+        def model(y):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(theta, _positive_below_2(theta)), obs=y)
+
+        def _positive_below_2(theta):
             if (theta > 2).any():
+                raise OverflowError("too large")
+            return torch.ones(())
+
+        def guide(y):
+            pyro.sample("theta", dist.Uniform(-1.0, 1.0))
+
+        with pytest.warns(
+            UserWarning, match="^prior_predictive and prior left out, .*OverflowError: too large"
+        ) as caught:
+            data = to_inference_data(model, guide, Y[0], num_samples=500)
+        assert [one.filename for one in caught] == [__file__]
+        assert not {"prior", "prior_predictive"} & set(group_names(data))
+
+    @pytest.mark.parametrize("batched", [True, False])
+    @pytest.mark.parametrize("parallel", [True, False])
+    def test_whose_simulator_raises_have_nan_there(self, batched, parallel):
+        """A batch that raises fails as a whole; one draw after another, or unbatched, fails alone."""
+
+        def fn(theta):
+            if (theta > 1).any():
                 raise OverflowError("too large")
             return theta.unsqueeze(-1)
 
-        model = noisy_model(fn)
-        guide = AutoNormal(model, init_scale=0.1)
+        model = noisy_model(fn, batched=batched)
+        guide = AutoNormal(model, init_scale=1.0)
         guide(torch.zeros(1))
-        with pytest.warns(UserWarning, match="^prior_predictive left out, .*OverflowError: too large") as caught:
-            data = to_inference_data(model, guide, torch.zeros(1), num_samples=500)
-        assert [one.filename for one in caught] == [__file__]
-        assert "prior" in group_names(data)
-        assert "prior_predictive" not in group_names(data)
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            data = to_inference_data(
+                model, guide, torch.zeros(1), num_samples=60, parallel=parallel, batch_size=10, seed=1
+            )
+        for parameters, drawn in (("posterior", "posterior_predictive"), ("prior", "prior_predictive")):
+            theta, x = group(data, parameters)["theta"].values, group(data, drawn)["x"].values[..., 0]
+            raised = (theta > 1).reshape(-1, 10)
+            failed = np.broadcast_to(raised.any(1, keepdims=True), raised.shape) if batched and parallel else raised
+            np.testing.assert_array_equal(np.isnan(x).ravel(), failed.ravel())
+            np.testing.assert_array_equal(x[~np.isnan(x)], theta[~np.isnan(x)])
 
     def test_with_latents_that_the_guide_leaves_to_the_prior(self):
         """They come from the prior given the others, and weigh nothing."""

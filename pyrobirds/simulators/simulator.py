@@ -218,7 +218,8 @@ class Simulator:
         worked, self.last_exception = None, ""
         if raised is not None:
             if len(raised.draws) == n:
-                if raised.error is not None and not (scored and self._kinds):
+                may_fail = self._kinds and (scored or run.draws_may_fail)
+                if raised.error is not None and not may_fail:
                     raise raised.error
                 result = self._nan(n)
             worked = torch.ones(n, dtype=torch.bool, device=flat[0].device if flat else None)
@@ -309,6 +310,7 @@ class Run(Mapping[str, "SimulatorSite"]):
         self.theta = theta
         self.seed = seed
         self.repeats = torch.Size(repeats)
+        self.draws_may_fail = False  # so that a draw which raises is NaN, once the simulator has worked
         self._unserved: dict[Any, Simulated] = {}
         self._repeated: dict[Any, list[tuple[Run, dict[str | None, str]]]] = {}  # and the sites by output
 
