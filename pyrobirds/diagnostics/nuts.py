@@ -23,7 +23,7 @@ from pyrobirds import _checks, arviz_groups, traces
 from pyrobirds._rng import forked_rng
 from pyrobirds.fit_result import FitResult
 from pyrobirds.inference_data import to_inference_data
-from pyrobirds.origins import of_guides, parameters_of, weight
+from pyrobirds.inference_data.origins import of_guides, parameters_of, weight
 from pyrobirds.sampling import Model
 from pyrobirds.simulators.repeats import repeated
 from pyrobirds.tempering import tempered

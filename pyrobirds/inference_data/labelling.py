@@ -14,8 +14,8 @@ from torch import Tensor
 from pyrobirds._checks import shape_text
 from pyrobirds.arviz_groups import SAMPLE_DIMS, STEP_DIMS, Variable
 from pyrobirds.fit_result import FitResult
-from pyrobirds.group_contents import Contents
-from pyrobirds.origins import Origin
+from pyrobirds.inference_data.contents import Contents
+from pyrobirds.inference_data.origins import Origin
 from pyrobirds.sampling import Model, Site
 
 _OF_VALUES = {"posterior", "posterior_predictive", "prior", "prior_predictive", "observed_data"}  # in a site's units

@@ -21,9 +21,9 @@ from pyrobirds import _checks, arviz_groups
 from pyrobirds._rng import forked_rng
 from pyrobirds.arviz_groups import Variable
 from pyrobirds.fit_result import FitResult
-from pyrobirds.group_contents import Chain, Contents, Runs, summed_over
-from pyrobirds.labelling import Variables, step_numbers
-from pyrobirds.origins import Origin, guide_chains, mcmc_chains, of_guides, of_mcmc
+from pyrobirds.inference_data.contents import Chain, Contents, Runs, summed_over
+from pyrobirds.inference_data.labelling import Variables, step_numbers
+from pyrobirds.inference_data.origins import Origin, guide_chains, mcmc_chains, of_guides, of_mcmc
 from pyrobirds.progress import has_bar
 from pyrobirds.sampling import Model, Site
 

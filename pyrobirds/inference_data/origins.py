@@ -18,7 +18,7 @@ from torch import Tensor
 from pyrobirds import _checks, sampling, traces, trained
 from pyrobirds._checks import shape_text
 from pyrobirds.fit_result import FitResult
-from pyrobirds.group_contents import Chain
+from pyrobirds.inference_data.contents import Chain
 from pyrobirds.sampling import Model
 
 Fn = Callable[..., Any]
