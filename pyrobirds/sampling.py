@@ -322,7 +322,7 @@ class Model:
             )
         except Exception as error:
             if observed and at:
-                self._explain(error, at)
+                self._explain(error, at, *wanted)
             raise
 
     def _see_batch(self, model: Fn, n: int, at: Values, *wanted: Collection[str]) -> _Seen:
@@ -330,7 +330,12 @@ class Model:
         return self._see(traces.particles(n, self.nesting)(model), batch, *wanted)
 
     def _see(
-        self, model: Fn, at: Values, values: Collection[str], score: Collection[str], unconstrain: Collection[str] = ()
+        self,
+        model: Fn,
+        at: Values,
+        values: Collection[str] = (),
+        score: Collection[str] = (),
+        unconstrain: Collection[str] = (),
     ) -> _Seen:
         trace = poutine.trace(_At(at)(model)).get_trace(*self.args, **self.kwargs)
         if missing := [name for name in (*values, *score, *unconstrain) if name not in trace.nodes]:
@@ -399,7 +404,7 @@ class Model:
                 try:
                     seen = self._see_batch(self.model, len(picked), few, values, score)
                 except Exception as error:
-                    self._explain(error, few)
+                    self._explain(error, few, values, score)
                     raise
         random = set()
         for what, name, shape, of in self._comparable(alone[0]):
@@ -436,11 +441,11 @@ class Model:
                     lambda one, name=name, i=i, shape=shape: _unflat(one.thetas[name][i], shape),
                 )
 
-    def _explain(self, error: Exception, at: Values) -> None:
+    def _explain(self, error: Exception, at: Values, *wanted: Collection[str]) -> None:
         """Say what else is to be tried, if the model can be run at a single draw."""
         try:
             with forked_rng():
-                self._see(self.model, {name: draws[0] for name, draws in at.items()}, (), ())
+                self._see(self.model, {name: draws[0] for name, draws in at.items()}, *wanted)
         except Exception:
             return
         raise ValueError(

@@ -846,6 +846,14 @@ class TestBatches:
         with pytest.raises(ValueError, match=r"could not be run in a batch of draws .* by parallel=False"):
             to_inference_data(model, AutoNormal(model), Y[0], num_samples=7)
 
+    def test_that_break_a_simulators_contract_say_that(self):
+        model = noisy_model(lambda theta: theta)  # (B,) instead of (B, T)
+        guide = AutoNormal(model)
+        guide(torch.zeros(1))
+        with pytest.raises(ValueError, match="event_dim") as caught:
+            to_inference_data(model, guide, torch.zeros(1), num_samples=7)
+        assert "parallel=False" not in str(caught.value)
+
     def test_need_plates(self):
         def model(y):
             pyro.sample("y", dist.Normal(pyro.sample("theta", dist.Normal(torch.zeros(3), 1.0)), 1.0), obs=y)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _SMALL_BIAS = 0.05  # of a log weight
 _FEWEST = 25  # draws; a tail of fewer than five weights is not fitted
+_FEWEST_IN_TAIL = 5
+_EQUAL = 0.001  # of all weight: weights that are above a bound by less than that are bounded
+_UNKNOWN = 0.1  # of all weight: more of it on draws whose noise is unknown is too much
 _ADVICE = "to_inference_data(..., num_repeats=100)"
 
 
@@ -29,14 +32,18 @@ class Psis:
 
     Attributes:
         khat: the shape of the tail of the weights, the worst of all chains; minus infinity if the largest weights are
-            equal, infinity if too few weights are above 0 to fit a tail.
+            equal but for a thousandth of all weight, infinity if fewer than five draws carry it, NaN if a chain has too
+            few weights above 0, or too many equal ones, to fit a tail.
         threshold: what ``khat`` must stay below, :math:`\\min(1 - 1 / \\log_{10} S, 0.7)` with S weights above 0 in a
             chain, the lowest of all chains.
         ess: how many independent draws from the generalised posterior the weighted draws are worth, of all chains.
-        bias: what the noise of the losses adds to a log weight, on average over the draws; 0 without a simulator, None
-            if it is unknown.
+        bias: what the noise of the losses adds to a log weight, on average over the draws by weight, the worst of all
+            chains; 0 without noise, None if it is unknown.
         needed_repeats: how many runs of a draw would bring ``bias`` to 0.05; None if it is unknown.
-        num_failed: how many draws had no weight, for all their runs failed; they count as draws of weight 0.
+        rounding: by how much the rounding of numbers may change a log weight, on average over the draws by weight, the
+            worst of all chains.
+        num_failed: how many draws had no weight, for all their runs failed or their loss or density is NaN; they count
+            as draws of weight 0.
         chains: ``khat``, ``threshold`` and ``ess`` of each chain.
         draws: the posterior resampled by the weights, dimensions (chain, draw, ...).
         log_weights: smoothed, dimensions (chain, draw); the weights of a chain add up to 1.
@@ -47,6 +54,7 @@ class Psis:
     ess: float
     bias: float | None
     needed_repeats: int | None
+    rounding: float
     num_failed: int
     chains: xr.Dataset
     draws: xr.Dataset
@@ -54,27 +62,45 @@ class Psis:
 
     @property
     def reliable(self) -> bool:
-        """Whether the draws can stand for the generalised posterior once they are weighted."""
-        return self.khat < self.threshold
+        """Whether the draws can stand for the generalised posterior once they are weighted; False if that is unknown.
+
+        It takes a k-hat below the threshold, a known and small bias, and little rounding.
+        """
+        return self.khat < self.threshold and not self._noise.objection
+
+    @property
+    def _noise(self) -> Noise:
+        return Noise(self.bias, self.needed_repeats, self.rounding)
 
     def __str__(self) -> str:
-        lines = [self._verdict(), *self._of_chains(), self._noise()]
+        objection = self._noise.objection
+        lines = [f"k-hat cannot be judged, for {objection}."] if objection else [self._verdict(), *self._of_chains()]
+        lines.append(str(self._noise))
         if self.num_failed:
-            lines.append(f"{self.num_failed:,} draws have weight zero, for all their runs failed.")
+            lines.append(
+                f"{self.num_failed:,} draws have weight zero, for all their runs failed, or their loss or density is "
+                "NaN."
+            )
         return "\n".join(lines)
 
     __repr__ = __str__
 
     def _verdict(self) -> str:
-        size = self.log_weights.size
+        worth = f"the {self.log_weights.size:,} draws are worth {self.ess:,.0f} independent ones"
         if self.reliable:
             return (
                 f"k-hat is {self.khat:.2f}, below {self.threshold:.2f}: the guide is near enough to the generalised "
-                f"posterior for its draws to be weighted; the {size:,} are worth {self.ess:,.0f} independent ones. "
-                "(A mode that the guide has missed altogether does not show.)"
+                f"posterior for its draws to be weighted; {worth}. (A mode that the guide has missed altogether does "
+                "not show.)"
+            )
+        if math.isnan(self.khat):
+            return (
+                f"k-hat cannot be fitted, for there are fewer than {_FEWEST} draws with a weight above 0, or too many "
+                "of the largest weights are equal, as those of discrete sites are. By the weights that there are, "
+                f"{worth}. That says nothing of larger weights, which more draws (num_samples) might show."
             )
         if self.khat == math.inf:
-            return "k-hat cannot be had, for too few draws carry all the weight: the guide is not the posterior."
+            return "k-hat is infinite, for fewer than five draws carry all the weight: the guide is not the posterior."
         return (
             f"k-hat is {self.khat:.2f}, not below {self.threshold:.2f}: the guide is too far from the generalised "
             "posterior for its draws to be weighted, so neither the guide nor the resampled draws give its tails. "
@@ -86,21 +112,40 @@ class Psis:
             return []
         return ["k-hat by chain: " + ", ".join(f"{khat:.2f}" for khat in self.chains["khat"].values)]
 
-    def _noise(self) -> str:
+
+class Noise(NamedTuple):
+    """What noise and rounding do to the log weights; see :class:`Psis`."""
+
+    bias: float | None
+    needed_repeats: int | None
+    rounding: float
+
+    @property
+    def objection(self) -> str:
+        """Why k-hat cannot be judged; empty if it can."""
+        if self.rounding**2 / 2 > _SMALL_BIAS:  # as of noise of that standard deviation
+            return f"rounding may change a log weight by {self.rounding:.2g}"
         if self.bias is None:
+            return "the noise of the losses is unknown"
+        if self.bias > _SMALL_BIAS:
+            return f"the noise of the losses adds {self.bias:.2g} to a log weight"
+        return ""
+
+    def __str__(self) -> str:
+        """What to do about the objection, or what there is of noise if there is none."""
+        if self.rounding**2 / 2 > _SMALL_BIAS:
+            return "Compute in double precision: torch.set_default_dtype(torch.float64), and fit and export anew."
+        other = "the weights may be those of another posterior, prior * E[exp(-loss / w)]"
+        if self.bias is None:
+            return f"It takes two or more runs of a draw that work to know it, and {other}: {_ADVICE}."
+        if self.bias > _SMALL_BIAS:
             return (
-                "The noise of the losses is unknown, for each draw was run once: k-hat may be that of another "
-                f"posterior, prior * E[exp(-loss / w)]. {_ADVICE} settles it."
+                f"So {other}. It falls as 1 / num_repeats: num_repeats={self.needed_repeats:,} brings it "
+                f"to about {_SMALL_BIAS}."
             )
         if self.bias == 0:
             return "The losses have no noise."
-        verdict = (
-            "which is small"
-            if self.bias <= _SMALL_BIAS
-            else f"so that k-hat may be that of another posterior: num_repeats={self.needed_repeats:,} would make it "
-            f"{_SMALL_BIAS}"
-        )
-        return f"The noise of the losses adds {self.bias:.2g} to a log weight on average, {verdict}."
+        return f"The noise of the losses adds {self.bias:.2g} to a log weight on average, which is small."
 
 
 def psis(
@@ -117,7 +162,8 @@ def psis(
     :math:`1 - 1 / \log_{10} S` for few draws S, weighted means are reliable; above, the guide misses a part of the
     posterior that matters, most often its tails. The standard error of k-hat is 0.13 at 4,000 draws. A Gaussian guide
     0.3 times as wide as its Gaussian posterior passes one time in five in one dimension, one in a hundred in five; the
-    more parameters, the less passes. A guide that is too wide passes, at the price of ``ess``.
+    more parameters, the less passes. A guide that is too wide passes, at the price of ``ess``: its draws hold all of
+    the posterior, and are right once they are weighted.
 
     The expectation is over a simulator's noise. The data hold the mean :math:`\bar\ell` of the losses of
     ``num_repeats = R`` runs of a draw, and to second order
@@ -125,9 +171,16 @@ def psis(
     .. math:: E[\exp(-\bar\ell / w)] = \exp\bigl(-E[\ell] / w + \mathrm{Var}[\ell] / (2 w^2 R)\bigr).
 
     So weights of noisy losses belong to the posterior :math:`\pi(\theta) E[\exp(-\bar\ell / w)]`, which at R = 1 is
-    often a much wider one. ``bias`` is the second term in the exponent, averaged over the draws. What of it is the same
-    at all draws cancels; yet twice ``bias`` is also the variance that the noise gives to a log weight, and both fall as
-    1 / R.
+    often a much wider one. ``bias`` is the second term in the exponent, with as many runs R as worked, averaged over
+    the draws by their weights, for what losses do where the posterior is not does not matter. Large noise gives the
+    largest weights to draws whose losses came out low, and these vary less; so the average is by the highest power of
+    the weights, 1 at most, whose own bias is 0.05 at most. What of ``bias`` is the same at all draws cancels; yet
+    twice ``bias`` is also the variance that the noise gives to a log weight, and both fall as 1 / R. Above 0.05 the
+    guide is not judged: k-hat may be low only for losses that are bounded below, or high only for the noise.
+
+    So it is where numbers are rounded: the error of :math:`\bar\ell / w` is that of a number of its size, of 24 bits
+    for a model in single precision, which matters for a small w. ``rounding`` is machine epsilon times
+    :math:`|\bar\ell| / w`. A loss that is a sum of many terms has a smaller error.
 
     Sources: Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling, JMLR 25(72),
     https://arxiv.org/abs/1507.02646; Yao, Vehtari, Simpson and Gelman (2018), Yes, but did it work? Evaluating
@@ -139,7 +192,7 @@ def psis(
         seed: of the resampling.
 
     Raises:
-        ValueError: the data hold no weights, or none that is above 0; ``num_draws`` is below 1.
+        ValueError: the data hold no weights, none that is above 0, or infinite ones; ``num_draws`` is below 1.
 
     Example:
         >>> from pyrobirds.arviz_groups import Variable, collect, dataset
@@ -154,22 +207,20 @@ def psis(
     """
     if num_draws is not None and (not isinstance(num_draws, Integral) or num_draws < 1):
         raise ValueError(f"num_draws must be a whole number of at least 1, got {num_draws!r}")
-    stats, posterior = arviz_groups.group(data, "sample_stats"), arviz_groups.group(data, "posterior")
+    posterior = arviz_groups.group(data, "posterior")
     raw = log_weights(data)
     chains = [smooth(of_chain) for of_chain in raw.values]
     smoothed = raw.copy(data=np.stack([chain.log_weights for chain in chains])).rename("log_weights")
     smoothed.attrs = {"long_name": "smoothed log importance weight"}
-    bias, needed = _noise(stats, arviz_groups.attributes(data))
     of_chains = xr.Dataset(
         {name: ("chain", [getattr(chain, name) for chain in chains]) for name in ("khat", "threshold", "ess")},
         {"chain": raw["chain"]},
     )
     return Psis(
-        khat=float(of_chains["khat"].max()),
+        khat=float(of_chains["khat"].max(skipna=False)),
         threshold=float(of_chains["threshold"].min()),
         ess=float(of_chains["ess"].sum()),
-        bias=bias,
-        needed_repeats=needed,
+        **noise(data, smoothed.values)._asdict(),
         num_failed=int(np.isnan(raw).sum()),
         chains=of_chains,
         draws=_resampled(
@@ -180,7 +231,7 @@ def psis(
 
 
 def log_weights(data: InferenceData | xr.DataTree) -> xr.DataArray:
-    """The raw log weights, (chain, draw), NaN where all runs of a draw failed.
+    """The raw log weights, (chain, draw), NaN where all runs of a draw failed, or its loss or density is NaN.
 
     Raises:
         ValueError: the data hold none.
@@ -220,13 +271,18 @@ def smooth(raw: np.ndarray) -> Smoothed:
     """Pareto-smooth the log weights of one chain; NaN counts as weight zero.
 
     Raises:
-        ValueError: no weight is above 0.
+        ValueError: no weight is above 0, or some are infinite.
     """
+    if num_infinite := int((raw == np.inf).sum()):
+        raise ValueError(
+            f"{num_infinite:,} draws of the posterior have an infinite weight: the likelihood or the prior is infinite "
+            "there, or the guide's density 0. Look at loss, lp and log_q in sample_stats"
+        )
     positive = raw > -np.inf  # which NaN is not
     if not positive.any():
         raise ValueError(
-            "no draw of the posterior has a weight above 0, for all runs failed or the prior excludes them: look at "
-            "loss and lp in sample_stats"
+            "no draw of the posterior has a weight above 0, for all runs failed, densities are NaN or the prior "
+            "excludes them: look at loss, lp and log_q in sample_stats"
         )
     log_weights = np.full(raw.shape, -np.inf)
     log_weights[positive], khat = _smooth_positive(raw[positive])
@@ -237,16 +293,18 @@ def smooth(raw: np.ndarray) -> Smoothed:
 
 def _smooth_positive(raw: np.ndarray) -> tuple[np.ndarray, float]:
     relative = raw - raw.max()
-    normalised = relative - np.log(np.exp(relative).sum())
+    weights = np.exp(relative)
+    normalised = relative - np.log(weights.sum())
     if raw.size < _FEWEST:
-        return normalised, math.inf
-    if np.sort(relative)[-tail_length(raw.size) - 1] == 0:  # the largest weights are one number, and so is their tail
+        return normalised, math.nan
+    cutoff = np.sort(weights)[-tail_length(raw.size) - 1]
+    if np.maximum(weights - cutoff, 0).sum() < _EQUAL * weights.sum():
         return normalised, -math.inf
     with np.errstate(all="ignore"):  # what underflows is caught by what comes out
         smoothed, khat = _psislw(relative)
     if math.isfinite(khat) and np.isfinite(smoothed).all():
         return smoothed, khat
-    return normalised, math.inf
+    return normalised, math.inf if weights.sum() ** 2 < _FEWEST_IN_TAIL * (weights**2).sum() else math.nan
 
 
 def tail_length(size: int) -> int:
@@ -269,15 +327,44 @@ def _psislw(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     return np.asarray(smoothed), float(khat)
 
 
-def _noise(stats: xr.Dataset, attrs: dict[str, object]) -> tuple[float | None, int | None]:
-    """What the noise adds to a log weight on average, and how many runs would make that small."""
-    if not stats.attrs.get("noisy", 1):
-        return 0.0, 1
+def noise(data: InferenceData | xr.DataTree, log_weights: np.ndarray) -> Noise:
+    """What noise and rounding do to log weights; these are smoothed, (chain, draw)."""
+    stats, attrs = arviz_groups.group(data, "sample_stats"), arviz_groups.attributes(data)
+    w = np.broadcast_to(np.asarray(attrs.get("w", 1), float), len(log_weights))[:, None]
+    rounding = 0.0
+    if epsilon := float(stats.attrs.get("epsilon", 0)):
+        size = np.where(log_weights > -np.inf, abs(_values(stats["loss"])), 0) / w
+        rounding = float((np.exp(log_weights) * epsilon * size).sum(axis=1).max())
     if "loss_variance" not in stats:
-        return None, None
-    w = xr.DataArray(np.broadcast_to(np.asarray(attrs["w"], float), stats.sizes["chain"]), dims="chain")
-    of_one_run = float((stats["loss_variance"] / (2 * w**2)).mean())
-    return of_one_run / float(attrs["num_repeats"]), max(1, math.ceil(of_one_run / _SMALL_BIAS))  # type: ignore[arg-type]
+        return Noise(None, None, rounding) if stats.attrs.get("noisy", 1) else Noise(0.0, 1, rounding)
+    num_repeats = int(attrs["num_repeats"])
+    num_failed = _values(stats["num_failed"]) if "num_failed" in stats else np.zeros(log_weights.shape)
+    worked = np.maximum(num_repeats - num_failed, 1)
+    biases = _values(stats["loss_variance"]) / (2 * w**2 * worked)
+    biases[worked < 2] = np.nan
+    of_chains = [_typical(*of_chain) for of_chain in zip(biases, log_weights, strict=True)]
+    if np.isnan(of_chains).any():
+        return Noise(None, None, rounding)
+    return Noise(max(of_chains), max(1, math.ceil(max(of_chains) * num_repeats / _SMALL_BIAS)), rounding)
+
+
+def _values(of_draws: xr.DataArray) -> np.ndarray:
+    return of_draws.transpose(*SAMPLE_DIMS).values.astype(float)
+
+
+def _typical(biases: np.ndarray, log_weights: np.ndarray) -> float:
+    """The mean bias by the highest power of the weights that has a small bias itself, 1 at most; NaN if unknown."""
+    positive = log_weights > -np.inf
+    known = positive & np.isfinite(biases)
+    if np.exp(log_weights[positive & ~known]).sum() > _UNKNOWN:
+        return math.nan
+    biases, log_weights = biases[known], log_weights[known]
+    power = mean = 0.0
+    for _ in range(20):  # in which it converges
+        weights = np.exp(power * log_weights)
+        mean = float((weights * biases).sum() / weights.sum())
+        power = math.sqrt(_SMALL_BIAS / max(mean, _SMALL_BIAS))
+    return mean
 
 
 def _resampled(posterior: xr.Dataset, weights: np.ndarray, num_draws: int, rng: np.random.Generator) -> xr.Dataset:

@@ -144,6 +144,26 @@ def test_nothing_observed_or_nothing_drawn_is_a_row_of_nan(rng):
     assert failed["num_failed"].tolist() == [8] * 6
 
 
+def test_data_that_are_not_finite_are_missing(rng):
+    y, x = rng.normal(size=30), rng.normal(size=(1, 50, 30))
+    y[[3, 9]] = np.nan
+    of_nan = predictive_check(predicted(y, x))
+    y[[3, 9]] = np.inf, -np.inf
+    assert predictive_check(predicted(y, x)).equals(of_nan)
+
+
+def test_a_statistic_that_cannot_do_without_missing_data_is_warned_of(rng):
+    y, x = {"a": rng.normal(size=9), "b": rng.normal(size=9)}, {"a": rng.normal(size=(1, 8, 9))}
+    x["b"] = x["a"]
+    y["b"][2] = np.nan
+    own = {"middle": np.median, "maximum": np.nanmax}
+    message = r"statistics\['middle'\] of 'b' is NaN, and b has missing .* as numpy.nanmean does"
+    with pytest.warns(UserWarning, match=message) as warned:
+        table = predictive_check(predicted(y, x), statistics=own)
+    assert warned[0].filename == __file__
+    assert [*table.index[table["observed"].isna()]] == [("b", "middle")]
+
+
 def test_a_single_number_is_its_own_summary():
     x = np.array([[1.0, 2.0, 3.0, np.nan]])
     table = predictive_check(
