@@ -22,15 +22,19 @@ class Series(NamedTuple):
     Attributes:
         label: ``x`` or ``x[north]``.
         dim: the name of its dimension; None for a single number.
+        ordered: whether neighbours along it belong together; not so in a plate, unless the user chose it.
         observed: shape (T,), with its coordinate; NaN where missing.
-        draws: those that did not fail, shape (S, T).
+        draws: those that did not fail, shape (S, T); not finite only where data are missing.
+        chains: the place of the chain that each comes from, shape (S,).
         num_failed: how many draws are not finite where data were observed.
     """
 
     label: str
     dim: str | None
+    ordered: bool
     observed: xr.DataArray
     draws: np.ndarray
+    chains: np.ndarray
     num_failed: int
 
 
@@ -39,23 +43,40 @@ def matched(
 ) -> Iterator[Series]:
     """Each observed series of the data with the draws of it.
 
+    A series runs along ``dim``; without one along the last dimension that is not a plate, else along the last.
+
     Raises:
         ValueError: a group, an output or ``dim`` is not there.
     """
     observed, replicated = arviz_groups.group(data, "observed_data"), arviz_groups.group(data, group)
     for name in chosen(var_names, [str(name) for name in observed if name in replicated], f"observed_data and {group}"):
         y, x = observed[name].astype(float), replicated[name].astype(float)
-        along = dim if dim is not None else y.dims[-1] if y.dims else None
-        if dim is not None and dim not in y.dims:
-            raise ValueError(f"dim must be a dimension of {name!r}, which has {[*y.dims]}, got {dim!r}")
-        core = () if along is None else (along,)
-        x = x.transpose(*SAMPLE_DIMS, ...).stack(__draw=SAMPLE_DIMS, create_index=False)
+        core, ordered = _axis(y, dim)
+        chains = np.repeat(np.arange(x.sizes["chain"]), x.sizes["draw"])
+        x = x.stack(__draw=SAMPLE_DIMS, create_index=False)
         for label, at in elements(y, core):
             series, draws = y.isel(at), x.isel(at).transpose("__draw", *core).values
             seen = np.isfinite(series.values)
             finite = np.isfinite(draws) | ~seen
             kept = finite.reshape(len(draws), -1).all(1)
-            yield Series(label, along, series, draws[kept], int((~kept).sum()))
+            yield Series(
+                label=label,
+                dim=core[0] if core else None,
+                ordered=ordered,
+                observed=series,
+                draws=draws[kept],
+                chains=chains[kept],
+                num_failed=int((~kept).sum()),
+            )
+
+
+def _axis(y: xr.DataArray, dim: str | None) -> tuple[list[str], bool]:
+    """The dimension of the series, none for a single number, and whether neighbours along it belong together."""
+    dims, plates = [*map(str, y.dims)], [*map(str, np.atleast_1d(y.attrs.get("plates", [])))]
+    if dim is not None and dim not in dims:
+        raise ValueError(f"dim must be a dimension of {y.name!r}, which has {dims}, got {dim!r}")
+    events = [one for one in dims if one not in plates] if dim is None else [dim]
+    return (events or dims)[-1:], bool(events)
 
 
 def chosen(var_names: str | Sequence[str] | None, known: Sequence[str], where: str) -> list[str]:

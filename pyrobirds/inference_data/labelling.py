@@ -146,7 +146,7 @@ class Variables:
         """What pictures want to know of a site."""
         if group == "observed_data":
             axes, n = self._labels.axes[name], self._sites[name].num_plate_dims
-            return {"plates": [dim for axis, dim in axes.items() if axis < n] or None}
+            return {"plates": [dim.replace("/", ".") for axis, dim in axes.items() if axis < n] or None}  # as exported
         return self._bounds[name]._asdict() if name in self._bounds and group in ("posterior", "prior") else {}
 
 

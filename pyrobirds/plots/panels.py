@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from numpy.typing import ArrayLike
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 BLACK, GREY = "#000000", "#767676"
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 BY_CHAIN = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY)
+MARKERS = (".", "x", "^", "s")  # where there are more chains than colours
 
 _MOST_PANELS = 24
+# In font sizes. Letters are about so wide.
+_LETTER = 0.55
+_ROOMY, _TIGHT = (20, 13), (12, 9)  # width and height of a panel
 
 
 def one_axes(ax: Axes | None) -> Axes:
@@ -28,28 +34,35 @@ def one_axes(ax: Axes | None) -> Axes:
     return ax
 
 
-def axes_for(ax: Axes | Sequence[Axes] | np.ndarray | None, labels: Sequence[str]) -> np.ndarray:
+def axes_for(
+    ax: Axes | Sequence[Axes] | np.ndarray | None, labels: Sequence[str], remedy: str = "choose sites by var_names"
+) -> np.ndarray:
     """As many axes as there are labels."""
     if len(labels) > _MOST_PANELS:
         raise ValueError(
             f"{len(labels)} panels ({', '.join(labels[:3])}, ...) are more than fit in a figure, {_MOST_PANELS}: "
-            "choose sites by var_names, or select elements first, as in data.sel(region=['north', 'south'])"
+            f"{remedy}, or select elements first, as in data.sel(region=['north', 'south'])"
         )
     if ax is None:
         return _new_panels(len(labels))
     axes = np.array([ax] if isinstance(ax, Axes) else ax, dtype=object).ravel()
-    if len(axes) != len(labels) or not all(isinstance(one, Axes) for one in axes):
+    for one in axes:
+        if not isinstance(one, Axes):
+            raise TypeError(f"ax must be matplotlib Axes, got {type(one).__name__}: those of a figure are figure.axes")
+    if len(axes) != len(labels):
         raise ValueError(f"ax must be {len(labels)} matplotlib Axes, for {', '.join(labels)}, got {len(axes)}")
     return axes
 
 
 def _new_panels(num: int) -> np.ndarray:
-    """Axes in a new figure of matplotlib's size, higher if it must be, each with room for its text."""
+    """Axes in a new figure of matplotlib's size: as few columns as keep it, higher only where none do."""
     width, height = plt.rcParams["figure.figsize"]
     inches = plt.rcParams["font.size"] / 72
-    columns = min(num, max(1, int(width / (20 * inches))))
+    fewest, most = (min(num, max(1, int(width / (columns * inches)))) for columns, _ in (_ROOMY, _TIGHT))
+    fitting = [n for n in range(fewest, most) if math.ceil(num / n) * _ROOMY[1] * inches <= height]
+    columns = min(fitting, default=most)
     rows = math.ceil(num / columns)
-    size = (width, max(height, rows * 13 * inches))
+    size = (width, max(height, rows * _TIGHT[1] * inches))
     _, grid = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="constrained")
     for unused in grid.flat[num:]:
         unused.remove()
@@ -61,20 +74,62 @@ def add_legend(axes: np.ndarray, *, shared: bool) -> None:
     entries = {}
     for ax in axes:
         entries.update({label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)})
-    if shared and len(axes) > 1:
+    if shared:
         figure = axes[0].figure
-        inches = sum(len(label) + 6 for label in entries) * 0.55 * plt.rcParams["font.size"] / 72
+        inches = sum(len(label) + 9 for label in entries) * _LETTER * plt.rcParams["font.size"] / 72
         columns = math.ceil(len(entries) / math.ceil(inches / figure.get_figwidth()))
         figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns, frameon=False)
     else:
         axes[0].legend(entries.values(), entries.keys(), frameon=False)
 
 
-def plot_each(ax: Axes, x: ArrayLike, lines: np.ndarray, *, color: str, label: str) -> None:
+def label_axes(ax: Axes, x: str, y: str) -> None:
+    """Name the axes, x in several lines where it is too long, and y above the panel where there is no title."""
+    width, height = _room(ax)
+    if len(y) <= height or ax.get_title():
+        ax.set_ylabel(_wrapped(y, height))
+    else:
+        ax.set_title(_wrapped(y, width), loc="left", fontsize=plt.rcParams["axes.labelsize"])
+    ax.set_xlabel(_wrapped(x, int(1.25 * width)))  # there is room beside the axis
+
+
+def _room(ax: Axes) -> tuple[int, int]:
+    """About how many letters fit beside and above each other."""
+    size, letter = ax.get_window_extent().size, _LETTER * plt.rcParams["font.size"] * ax.figure.dpi / 72
+    return max(10, int(size[0] / letter)), max(10, int(size[1] / letter))
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join("\n".join(textwrap.wrap(line, width)) for line in text.split("\n"))
+
+
+def places(ax: Axes, labels: xr.DataArray) -> np.ndarray:
+    """Where the labels of a dimension lie along x, which gets their ticks: numbers and dates as they are, text in turn.
+
+    Of text as much is shown as there is room for.
+    """
+    if labels.dtype.kind == "M":
+        ax.xaxis_date()
+        locator = AutoDateLocator(maxticks=max(3, _room(ax)[0] // 8))
+        ax.xaxis.set_major_locator(locator)
+        ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+        return date2num(labels.values)
+    if labels.dtype.kind in "iuf":
+        return labels.values.astype(float)
+    names = [name if len(name) <= 20 else f"{name[:19]}…" for name in map(str, labels.values)]
+    width, _ = _room(ax)
+    upright = sum(len(name) + 2 for name in names) <= width
+    every = 1 if upright else math.ceil(4 * len(names) / width)
+    slanted = {} if upright else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    ax.set_xticks(range(0, len(names), every), names[::every], **slanted)
+    return np.arange(len(names), dtype=float)
+
+
+def plot_each(ax: Axes, x: ArrayLike, lines: np.ndarray, *, color: str, label: str, linestyle: str = "-") -> None:
     """Lines of one kind, shape (number of lines, number of points), thin if there are several."""
     width = thin() if len(lines) > 1 else None
     for number, y in enumerate(lines):
-        ax.plot(x, y, color=color, label=None if number else label, linewidth=width)
+        ax.plot(x, y, color=color, label=None if number else label, linewidth=width, linestyle=linestyle)
 
 
 def thin() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,43 +21,59 @@ from pyrobirds.series import chosen
 if TYPE_CHECKING:
     from arviz import InferenceData
 
+_MOST_NAMED = 8  # fits in a legend
 _CALIBRATED = {"color": GREY, "alpha": 0.2, "linewidth": 0, "zorder": 0, "label": f"{BAND:.0%} if calibrated"}
 
 
-def coverage(coverage: Coverage, var_names: str | Sequence[str] | None = None, *, ax: Axes | None = None) -> Axes:
+def coverage(
+    coverage: Coverage | xr.Dataset,
+    var_names: str | Sequence[str] | None = None,
+    *,
+    ax: Axes | Sequence[Axes] | np.ndarray | None = None,
+) -> np.ndarray:
     """The shares of datasets whose posterior intervals hold the true parameter, by the level of the intervals.
 
-    The band is where each share lies with a probability of 95% if the posterior is calibrated, for one level at a time.
-    Several parameters, or elements, have a line each.
+    One panel for each parameter, or element of it. The band is where each share lies with a probability of 95% if the
+    posterior is calibrated, for one level at a time.
 
     Args:
-        coverage: what :func:`pyrobirds.diagnostics.coverage` returned.
+        coverage: what :func:`pyrobirds.diagnostics.coverage` returned, or its ``data``, as read from a file.
         var_names: the sites to show. None: all.
-        ax: the axes to draw on. None: those of a new figure.
+        ax: the axes to draw on, one for each panel. None: those of a new figure.
 
     Returns:
-        The axes.
+        The axes, one for each panel.
 
     Raises:
-        ValueError: a site is not there.
-        TypeError: ``coverage`` is something else, or ``ax`` is not one Axes.
+        ValueError: a site is not there, or ``ax`` is not one for each panel.
+        TypeError: ``coverage`` is something else, or ``ax`` holds something else than Axes.
+
+    Example:
+        >>> from pyrobirds.diagnostics.coverage_result import collect, compare
+        >>> rng = np.random.default_rng(0)
+        >>> posterior = xr.Dataset({"theta": (("chain", "draw"), rng.normal(size=(1, 99)))})
+        >>> compared = [compare(posterior, {"theta": theta}, [0.5, 0.9], rng) for theta in rng.normal(size=100)]
+        >>> [ax.get_ylabel() for ax in coverage(collect(compared, [0.5, 0.9], seed=0))]
+        ['share that holds the true theta']
+        >>> import matplotlib.pyplot as plt
+        >>> plt.close()
     """
     table = Coverage(_of_sites(coverage, var_names)).table()
-    curves = [curve for _, curve in table.groupby("element", sort=False)]
-    ax = panels.one_axes(ax)
-    ax.fill_between(curves[0]["expected"], curves[0]["lower"], curves[0]["upper"], **_CALIBRATED)
-    ax.plot([0, 1], [0, 1], color=GREY, linewidth=panels.thin())
-    for column, color, label in (("central", BLUE, "central"), ("hdi", ORANGE, "highest density")):
-        lines = np.stack([curve[column] for curve in curves])
-        panels.plot_each(ax, curves[0]["expected"], lines, color=color, label=label)
-    ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    ax.set(xlabel="level of the interval", ylabel="share that holds the true value")
-    ax.legend(frameon=False)
-    return ax
+    curves = [*table.groupby("element", sort=False)]
+    axes = panels.axes_for(ax, [str(label) for label, _ in curves])
+    for panel, (label, curve) in zip(axes, curves, strict=True):
+        panel.fill_between(curve["expected"], curve["lower"], curve["upper"], **_CALIBRATED)
+        panel.plot([0, 1], [0, 1], color=GREY, linewidth=panels.thin())
+        for column, color, name in (("central", BLUE, "central"), ("hdi", ORANGE, "highest density")):
+            panel.plot(curve["expected"], curve[column], color=color, label=name)
+        panel.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        panels.label_axes(panel, "level of the interval", f"share that holds the true {label}")
+    panels.add_legend(axes, shared=ax is None)
+    return axes
 
 
 def ranks(
-    coverage: Coverage,
+    coverage: Coverage | xr.Dataset,
     var_names: str | Sequence[str] | None = None,
     *,
     ax: Axes | Sequence[Axes] | np.ndarray | None = None,
@@ -68,7 +85,7 @@ def ranks(
     that they are too wide, a slope that they are shifted.
 
     Args:
-        coverage: what :func:`pyrobirds.diagnostics.coverage` returned.
+        coverage: what :func:`pyrobirds.diagnostics.coverage` returned, or its ``data``, as read from a file.
         var_names: the sites to show. None: all.
         ax: the axes to draw on, one for each panel. None: those of a new figure.
 
@@ -77,7 +94,17 @@ def ranks(
 
     Raises:
         ValueError: a site is not there, or ``ax`` is not one for each panel.
-        TypeError: ``coverage`` is something else.
+        TypeError: ``coverage`` is something else, or ``ax`` holds something else than Axes.
+
+    Example:
+        >>> from pyrobirds.diagnostics.coverage_result import collect, compare
+        >>> rng = np.random.default_rng(0)
+        >>> posterior = xr.Dataset({"theta": (("chain", "draw"), rng.normal(size=(1, 99)))})
+        >>> compared = [compare(posterior, {"theta": theta}, [0.5, 0.9], rng) for theta in rng.normal(size=100)]
+        >>> [ax.get_xlabel() for ax in ranks(collect(compared, [0.5, 0.9], seed=0))]
+        ['rank of the true theta']
+        >>> import matplotlib.pyplot as plt
+        >>> plt.close()
     """
     data = _of_sites(coverage, var_names)
     labels = [str(label) for label in data["element"].values]
@@ -89,27 +116,29 @@ def ranks(
         panel.hist(shares, bins=num_bins, range=(0, 1), color=BLUE, alpha=0.4)
         panel.axhspan(low, high, **_CALIBRATED)
         panel.axhline(num_datasets / num_bins, color=GREY, linewidth=panels.thin())
-        panel.set(xlim=(0, 1), xlabel=f"rank of the true {label}", ylabel="datasets")
+        panel.set_xlim(0, 1)
+        panels.label_axes(panel, f"rank of the true {label}", "datasets")
     panels.add_legend(axes, shared=ax is None)
     return axes
 
 
-def _of_sites(coverage: Coverage, var_names: str | Sequence[str] | None) -> xr.Dataset:
-    if not isinstance(coverage, Coverage):
+def _of_sites(coverage: Coverage | xr.Dataset, var_names: str | Sequence[str] | None) -> xr.Dataset:
+    data = coverage.data if isinstance(coverage, Coverage) else coverage
+    if not isinstance(data, xr.Dataset) or not {"pit", "site", "element"} <= {*data.variables}:
         raise TypeError(
-            f"coverage must be what pyrobirds.diagnostics.coverage returned, got {type(coverage).__name__}: of a file "
-            "it is Coverage(xarray.load_dataset(path))"
+            f"coverage must be what pyrobirds.diagnostics.coverage returned, or its data, got {type(coverage).__name__}"
         )
-    sites = coverage.data["site"].values
+    sites = data["site"].values
     names = chosen(var_names, [*dict.fromkeys(map(str, sites))], "the coverage")
-    return coverage.data.isel(element=np.isin(sites, names))
+    return data.isel(element=np.isin(sites, names))
 
 
 def khat(data: InferenceData | xr.DataTree, *, ax: Axes | None = None) -> Axes:
     """The tail of the importance weights: how many draws have a larger weight, and the generalised Pareto fit of it.
 
     Axes are logarithmic. In the title is k-hat, the shape of the tail: the slope towards the right is -1 / k-hat where
-    k-hat is above 0, so the flatter the tail, the fewer draws decide. Several fits have a tail each.
+    k-hat is above 0, so the flatter the tail, the fewer draws decide. Several fits have a tail each. If the losses are
+    too noisy, or numbers too coarse, for k-hat to be judged, the title says that instead.
 
     Args:
         data: exported data, with the group ``sample_stats``.
@@ -121,20 +150,44 @@ def khat(data: InferenceData | xr.DataTree, *, ax: Axes | None = None) -> Axes:
     Raises:
         ValueError: the data hold no weights; see :func:`pyrobirds.diagnostics.psis`.
         TypeError: ``ax`` is not one Axes.
+
+    Example:
+        >>> from pyrobirds.arviz_groups import Variable, collect, dataset
+        >>> log_weight = Variable(np.random.default_rng(0).normal(size=(1, 500)), ("chain", "draw"))
+        >>> stats = dataset({"log_weight": log_weight}, attrs={"noisy": False})
+        >>> khat(collect({"sample_stats": stats})).get_xlabel()
+        'importance weight / mean weight'
+        >>> import matplotlib.pyplot as plt
+        >>> plt.close()
     """
     raw = importance.log_weights(data).values
     chains = [importance.smooth(of_chain) for of_chain in raw]
     ax = panels.one_axes(ax)
+    many, fit_drawn = len(chains) > 1, False
     for number, (of_chain, chain) in enumerate(zip(raw, chains, strict=True)):
-        label = f"fit {number + 1}: k-hat {chain.khat:.2f}" if len(chains) > 1 else "draws"
-        _tail(ax, of_chain, chain.log_weights, color=panels.BY_CHAIN[number % len(panels.BY_CHAIN)], label=label)
-    ax.plot([], [], color=BLACK, label="generalised Pareto fit")
-    worst, threshold = max(chain.khat for chain in chains), min(chain.threshold for chain in chains)
-    trusted = worst < threshold
-    ax.set_title(
-        f"k-hat {worst:.2f}, {'' if trusted else 'not '}below {threshold:.2f}:\n"
-        f"the weights {'can' if trusted else 'cannot'} be trusted"
-    )
+        again, place = divmod(number, len(panels.BY_CHAIN))
+        color, marker = panels.BY_CHAIN[place], panels.MARKERS[again % len(panels.MARKERS)]
+        label = f"fit {number + 1}: k-hat {chain.khat:.2f}" if many else "draws"
+        dots, fit = _tail(of_chain, chain)
+        ax.plot(*dots, marker, color=color, alpha=0.4 if many else 1, label=label if number < _MOST_NAMED else None)
+        if math.isfinite(chain.khat) and fit.size:
+            ax.plot(*fit, color=color if many else BLACK)
+            fit_drawn = True
+    if len(chains) > _MOST_NAMED:
+        ax.plot([], [], " ", label=f"and {len(chains) - _MOST_NAMED} others")
+    if fit_drawn:
+        ax.plot([], [], color=BLACK, label="generalised Pareto fit")
+    worst, threshold = np.max([chain.khat for chain in chains]), min(chain.threshold for chain in chains)
+    if objection := importance.noise(data, np.stack([chain.log_weights for chain in chains])).objection:
+        ax.set_title(f"k-hat cannot be judged:\n{objection}")
+    elif np.isnan(worst):
+        ax.set_title("k-hat cannot be fitted:\ntoo few weights, or too many equal ones")
+    else:
+        trusted = worst < threshold
+        ax.set_title(
+            f"k-hat {worst:.2f}, {'' if trusted else 'not '}below {threshold:.2f}:\n"
+            f"the weights {'can' if trusted else 'cannot'} be trusted"
+        )
     ax.set(xscale="log", yscale="log")
     ax.set(xlabel="importance weight / mean weight", ylabel="share of draws with a larger weight")
     low, high = ax.get_xlim()
@@ -142,20 +195,28 @@ def khat(data: InferenceData | xr.DataTree, *, ax: Axes | None = None) -> Axes:
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.legend(frameon=False)
+    for handle in ax.legend(frameon=False, markerscale=2).legend_handles:
+        if handle is not None:
+            handle.set_alpha(1)
     return ax
 
 
-def _tail(ax: Axes, raw: np.ndarray, smoothed: np.ndarray, *, color: str, label: str) -> None:
-    """The larger half of the weights as dots, and the quantiles that smoothing put in the place of the largest."""
+def _tail(raw: np.ndarray, chain: importance.Smoothed) -> tuple[np.ndarray, np.ndarray]:
+    """The larger half of the weights, and the quantiles that smoothing put in the place of the largest.
+
+    Returns:
+        Of both the weights and the shares of draws with a larger one, (2, number of weights).
+    """
     positive = raw > -np.inf
     order = np.argsort(raw[positive])[::-1]
-    raw, smoothed = raw[positive][order], smoothed[positive][order]
+    raw, smoothed = raw[positive][order], chain.log_weights[positive][order]
     share = (np.arange(raw.size) + 0.5) / positive.size
     log_mean = raw[0] + np.log(np.exp(raw - raw[0]).sum() / positive.size)
     half = slice(0, max(1, raw.size // 2))
-    ax.plot(np.exp(raw[half] - log_mean), share[half], ".", color=color, label=label)
     smoothed = smoothed + raw[-1] - smoothed[-1]  # what is not in the tail is unchanged but for the norm
     fitted = slice(0, importance.tail_length(raw.size))
-    inside = smoothed[fitted] < raw[0]  # larger ones were cut off there
-    ax.plot(np.exp(smoothed[fitted][inside] - log_mean), share[fitted][inside], color=BLACK)
+    inside = smoothed[fitted] < raw[0] - 1e-9  # larger ones were cut off there
+    return (
+        np.stack([np.exp(raw[half] - log_mean), share[half]]),
+        np.stack([np.exp(smoothed[fitted][inside] - log_mean), share[fitted][inside]]),
+    )
