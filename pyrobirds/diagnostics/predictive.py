@@ -52,9 +52,8 @@ def predictive_check(
             (..., T) of one series, NaN where data are missing, so that a statistic of neighbours sees the gaps, and
             returns shape (...): ``{"maximum": numpy.nanmax}``.
         group: where the replicated data are: ``"posterior_predictive"`` or ``"prior_predictive"``.
-        dim: the dimension to summarise over. None: the last one of each output that is not a plate's, which is time for a
-            time series, or else the last.
-            An output without dimensions is its own summary, ``value``.
+        dim: the dimension to summarise over. None: the last one of each output that is not a plate's, such
+            as time, or else the last. An output without dimensions is its own summary, ``value``.
         var_names: the outputs to look at. None: all.
 
     Returns:
