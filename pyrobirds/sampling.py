@@ -93,6 +93,11 @@ class Site:
         return torch.where(observed, value.to(torch.promote_types(value.dtype, torch.get_default_dtype())), torch.nan)
 
     @property
+    def is_discrete(self) -> bool:
+        """Whether it is a latent or data of whole numbers."""
+        return self.kind in ("latent", "observed") and not self.can_fail and self.fn.support.is_discrete
+
+    @property
     def is_delta(self) -> bool:
         """Whether it is a point mass in the model."""
         return _is_delta({"fn": self.fn})
@@ -235,6 +240,7 @@ class Model:
         self.sites = {name: _site(name, site) for name, site in found.items()}
         self.params = [name for name, site in trace.nodes.items() if site["type"] == "param"]
         self.bounds: dict[str, Bounds] = {}  # of latents, where they are the same at all draws
+        self.draws_in_body = False  # random numbers, outside of its sites
         self.random_sites: frozenset[str] = frozenset()  # whose log-probability differs between runs at one draw
         for site in self.sites.values():
             if site.kind == "latent" and site.can_fail:
@@ -269,7 +275,8 @@ class Model:
     def is_noisy(self) -> bool:
         """Whether the loss of a draw is random."""
         sites = [self.sites[name] for name in self.named("observed", "factor")]
-        return any((site.can_fail and not site.is_frozen) or site.name in self.random_sites for site in sites)
+        of_simulator = any(site.can_fail and not site.is_frozen for site in sites)
+        return of_simulator or self.draws_in_body or any(site.name in self.random_sites for site in sites)
 
     @property
     def is_frozen(self) -> bool:
@@ -279,7 +286,7 @@ class Model:
     @property
     def enumerated(self) -> list[str]:
         """Discrete latents, which may be summed over instead of drawn."""
-        return [name for name in self.named("latent") if self.sites[name].fn.support.is_discrete]
+        return [name for name in self.named("latent") if self.sites[name].is_discrete]
 
     def named(self, *kinds: str) -> list[str]:
         """The sites of these kinds."""
@@ -381,49 +388,48 @@ class Model:
 
     @torch.no_grad()
     def look(self, at: Values) -> None:
-        """Find out which sites are random, and whether a batch keeps draws apart, without a simulation.
+        """Find out what is random, which bounds latents have, and whether a batch keeps draws apart.
+
+        It takes no simulation.
 
         Args:
-            at: several draws of all latents.
+            at: draws of all latents.
 
         Raises:
             ValueError: values, log-probabilities or parameters of simulators are others in a batch than alone.
         """
         values = self.named("deterministic")
         score = [name for name, site in self.sites.items() if site.kind != "deterministic" and not site.can_fail]
-        n = len(next(iter(at.values())))
-        picked = sorted({0, n // 2, n - 1})
+        picked = _some(len(next(iter(at.values()))))
         few = {name: draws[picked] for name, draws in at.items()}
         with forked_rng():
+            before = torch.get_rng_state()
             alone, again = (
                 [self._see(self.model, {name: draws[i] for name, draws in few.items()}, values, score) for i in places]
                 for places in [range(len(picked))] * 2
             )
-            seen = None
-            if self.parallel and n > 1:
-                try:
-                    seen = self._see_batch(self.model, len(picked), few, values, score)
-                except Exception as error:
-                    self._explain(error, few, values, score)
-                    raise
+            self.draws_in_body = not torch.equal(before, torch.get_rng_state())
+            batch = self._comparable_batch(few, values, score) if self.parallel and len(picked) > 1 else None
         random = set()
-        for what, name, shape, of in self._comparable(alone[0]):
+        for place, (what, name, shape, of) in enumerate(self._comparable(alone[0])):
             single, twice = (torch.stack([of(one).expand(shape) for one in runs]) for runs in (alone, again))
             if not torch.allclose(single, twice, rtol=0, atol=0, equal_nan=True):
                 random.add(name)
-            elif seen is not None:
-                in_batch = self.by_draw(name, of(seen), len(picked), shape)
-                for ours, theirs in zip(in_batch, single, strict=True):
-                    if not _close(theirs, ours):
-                        raise ValueError(
-                            f"the model mixes up draws that are run in one batch: {what} of site {name!r} for a draw "
-                            f"is {_text(ours)} in a batch, and {_text(theirs)} alone. Declare batch dimensions by "
-                            "pyro.plate and index from the right, as in x[..., 0], or run one draw after another by "
-                            "parallel=False"
-                        )
+            elif batch is not None:
+                _check_kept_apart("model", f"{what} of site {name!r}", batch[place], single)
         self.random_sites = frozenset(random)
         first = alone[0].bounds
         self.bounds = {name: first[name] for name in first if all(one.bounds[name] == first[name] for one in alone)}
+
+    def _comparable_batch(self, at: Values, values: Collection[str], score: Collection[str]) -> list[Tensor]:
+        """What there is to compare of a batch, in the order of :meth:`_comparable`."""
+        n = len(next(iter(at.values())))
+        try:
+            seen = self._see_batch(self.model, n, at, values, score)
+            return [self.by_draw(name, of(seen), n, shape) for _, name, shape, of in self._comparable(seen)]
+        except Exception as error:
+            self._explain(error, at, values, score)
+            raise
 
     def _comparable(self, seen: _Seen) -> Iterator[tuple[str, str, torch.Size, Callable[[_Seen], Tensor]]]:
         """What can be compared of two runs: in words, the site, its shape in a single run, and how to get it."""
@@ -448,11 +454,7 @@ class Model:
                 self._see(self.model, {name: draws[0] for name, draws in at.items()}, *wanted)
         except Exception:
             return
-        raise ValueError(
-            f"the model could not be run in a batch of draws ({type(error).__name__}: {str(error).splitlines()[0]}), "
-            "but at a single one it can: declare its batch dimensions by pyro.plate, or run one draw after another by "
-            "parallel=False"
-        ) from error
+        raise ValueError(f"the model could not be run in a batch of draws {_remedy(error)}") from error
 
 
 def _bounds(support: Any) -> Bounds:
@@ -484,8 +486,16 @@ class GuideDraws(NamedTuple):
 
 def draw_guide(model: Model, guide: Fn, n: int, names: Collection[str], batch_size: int) -> GuideDraws:
     """Draw n times the latents of these names."""
-    sizes = [min(batch_size, n - start) for start in range(0, n, batch_size)]
-    parts = [(_draw_batch if model.parallel else _draw_in_turn)(model, guide, size, names) for size in sizes]
+    if not model.parallel:
+        return _draw_in_turn(model, guide, n, names)
+    parts: list[GuideDraws] = []
+    for start in range(0, n, batch_size):
+        try:
+            parts.append(_draw_batch(model, guide, min(batch_size, n - start), names, look=not parts))
+        except _MixedUp:
+            raise
+        except Exception as error:  # it was run alone before
+            raise ValueError(f"the guide could not be run in a batch of draws {_remedy(error)}") from error
     return GuideDraws(
         {name: torch.cat([part.values[name] for part in parts]) for name in names},
         torch.cat([part.log_q for part in parts]),
@@ -500,14 +510,49 @@ def _draw_in_turn(model: Model, guide: Fn, n: int, names: Collection[str]) -> Gu
 
 
 @torch.no_grad()
-def _draw_batch(model: Model, guide: Fn, n: int, names: Collection[str]) -> GuideDraws:
+def _draw_batch(model: Model, guide: Fn, n: int, names: Collection[str], *, look: bool) -> GuideDraws:
     batch = traces.particles(n, model.nesting)
     trace, found = draw_once(batch(model.model), batch(guide), model.args, model.kwargs)
     trace.compute_log_prob()
-    log_probs = [site["log_prob"] for site in traces.sample_sites(trace).values()]
-    terms = [_lead(log_prob, n, model.nesting).reshape(n, -1).double().sum(1) for log_prob in log_probs]
+    sites = traces.sample_sites(trace)
+    terms = [_lead(site["log_prob"], n, model.nesting).reshape(n, -1).double().sum(1) for site in sites.values()]
     values = {name: model.by_draw(name, found[name].detach(), n, model.sites[name].shape) for name in names}
+    if look and n > 1 and not isinstance(poutine.unwrap(guide), GuideMessenger):
+        _look_at_guide(model, guide, n, sites)
     return GuideDraws(values, torch.stack(terms).sum(0))
+
+
+def _look_at_guide(model: Model, guide: Fn, n: int, sites: Mapping[str, Any]) -> None:
+    """Raise if a site of the guide has another density in a batch than alone, where the others have the same draws."""
+    drawn = [name for name, site in sites.items() if not (site["is_observed"] or _is_delta(site))]
+    try:
+        with forked_rng():
+            single = draw_once(model.model, guide, model.args, model.kwargs)[1]
+            at = {name: model.by_draw(name, sites[name]["value"].detach(), n, single[name].shape) for name in drawn}
+            alone, again = (
+                [_see_guide(model, guide, {name: draws[i] for name, draws in at.items()}) for i in _some(n)]
+                for _ in range(2)
+            )
+    except Exception:  # a flow without an inverse has no density at given draws
+        return
+    for name, site in sites.items():
+        one, two = (torch.stack([seen[name] for seen in runs]) for runs in (alone, again))
+        if not torch.equal(one, two):
+            continue  # the guide draws it at random outside of its sites
+        in_batch = model.by_draw(name, _of_guide(site).detach(), n, one.shape[1:])[_some(n)]
+        what = "value" if _is_delta(site) else "log-probability"
+        _check_kept_apart("guide", f"the {what} of site {name!r}", in_batch, one)
+
+
+def _see_guide(model: Model, guide: Fn, at: Values) -> dict[str, Tensor]:
+    trace = prune_subsample_sites(poutine.trace(_At(at)(guide)).get_trace(*model.args, **model.kwargs))
+    trace.compute_log_prob()
+    return {name: _of_guide(site) for name, site in traces.sample_sites(trace).items()}
+
+
+def _of_guide(site: Any) -> Tensor:
+    """What tells that a site of a guide is the same: its log-probability, or its value where it has but one."""
+    return torch.as_tensor(site["value"]) if _is_delta(site) else site["log_prob"]
 
 
 @torch.no_grad()
@@ -520,7 +565,7 @@ def draw_once(model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: dict[str, Any
     return trace, {name: torch.as_tensor(site["value"]) for name, site in traces.sample_sites(trace).items()}
 
 
-def has_density(model: Model, trace: Trace) -> bool:
+def has_density(model: Model, trace: Trace, draws: Values) -> bool:
     """Whether the log-probabilities of a guide's sites add up to the density of its draws of latents.
 
     They do not if the guide draws auxiliary variables that are not the latents themselves in other coordinates, if a
@@ -535,6 +580,8 @@ def has_density(model: Model, trace: Trace) -> bool:
             auxiliary += torch.as_tensor(site["value"]).numel()
         elif known is not None and is_delta and not known.is_delta and not known.fn.support.is_discrete:
             moved += biject_to(known.fn.support).inverse_shape(known.shape).numel()
+            if len(draws[name]) > 1 and bool((draws[name] == draws[name][0]).all()):
+                return False
     return auxiliary == moved
 
 
@@ -550,13 +597,43 @@ def _stack(runs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    scale = max(1.0, float(a[a.isfinite()].abs().max())) if bool(a.isfinite().any()) else 1.0
-    return torch.allclose(a, b.to(a), rtol=0, atol=100 * torch.finfo(a.dtype).eps * scale, equal_nan=True)
+def _some(n: int) -> list[int]:
+    """A few places among n."""
+    return sorted({0, n // 2, n - 1})
 
 
-def _text(value: Tensor) -> str:
-    entries = ", ".join(f"{entry:.4g}" for entry in value.flatten()[:4].tolist())
-    return entries if value.dim() == 0 else f"[{entries}{', ...' if value.numel() > 4 else ''}]"
+_REMEDY = (
+    "Declare batch dimensions by pyro.plate and index from the right, as in x[..., 0], or run one draw after another by "
+    "parallel=False"
+)
+
+
+def _remedy(error: Exception) -> str:
+    first_line = str(error).splitlines()[0] if str(error) else ""
+    return f"({type(error).__name__}: {first_line}), but at a single one it can. {_REMEDY}"
+
+
+class _MixedUp(ValueError):
+    """Draws of a batch depend on each other."""
+
+
+def _check_kept_apart(fn: str, what: str, in_batch: Tensor, alone: Tensor) -> None:
+    """Raise if draws are others in a batch than alone: by more than rounding, and by as much as draws vary.
+
+    How much rounding there is cannot be told from the values alone, but it is little against the spread of the draws.
+    """
+    real = [torch.view_as_real(one) if one.is_complex() else one for one in (in_batch, alone)]
+    batch, single = (one.to(torch.double) for one in real)
+    finite = batch.isfinite() & single.isfinite()
+    same = torch.where(finite, batch == single, (batch == single) | (batch.isnan() & single.isnan()))
+    difference, level = (torch.where(finite, one, 0) for one in (batch - single, single))
+    kind = alone.dtype if alone.is_floating_point() else torch.double
+    rounding = 100 * torch.finfo(kind).eps * max(1.0, float(level.abs().max())) if level.numel() else 0.0
+    little = difference.norm() < 0.01 * (level - level.mean(0)).norm()
+    if bool((same | (finite & ((difference.abs() <= rounding) | little))).all()):
+        return
+    worst = difference.abs().flatten().argmax()
+    raise _MixedUp(
+        f"the {fn} mixes up draws that are run in one batch: {what} for a draw is {batch.flatten()[worst]:.6g} in a "
+        f"batch, and {single.flatten()[worst]:.6g} alone. {_REMEDY}"
+    )

@@ -846,6 +846,40 @@ class TestBatches:
         with pytest.raises(ValueError, match=r"could not be run in a batch of draws .* by parallel=False"):
             to_inference_data(model, AutoNormal(model), Y[0], num_samples=7)
 
+    @pytest.mark.parametrize(
+        "mix", [lambda a: a.mean(), lambda a: a[0] if a.dim() else a, lambda a: a.flip(0) if a.dim() else a]
+    )
+    def test_that_mix_up_the_guides_draws_are_found(self, mix):
+        def model(y):
+            a, b = (pyro.sample(name, dist.Normal(0.0, 1.0)) for name in "ab")
+            pyro.sample("y", dist.Normal(a + b, 1.0), obs=y)
+
+        def guide(y):
+            pyro.sample("b", dist.Normal(-mix(pyro.sample("a", dist.Normal(0.0, 1.0))), 0.1))
+
+        with pytest.raises(ValueError, match=r"the guide mixes up draws .* the log-probability of site 'b'"):
+            to_inference_data(model, guide, Y[0], num_samples=100)
+        data = to_inference_data(model, guide, Y[0], num_samples=20, parallel=False)
+        a, b = (group(data, "posterior")[name].values.ravel() for name in "ab")
+        assert np.corrcoef(a, b)[0, 1] < -0.95
+
+    def test_of_a_regression_pass_although_sums_are_rounded_otherwise(self):
+        x = torch.randn(2000, 50)
+        y = x @ torch.full((50,), 30.0) + torch.randn(2000)
+
+        def model(x, y):
+            slopes = pyro.sample("slopes", dist.Normal(torch.zeros(50), 300.0).to_event(1))
+            mean = x @ slopes if slopes.dim() == 1 else (slopes @ x.T).squeeze(-2)
+            with pyro.plate("data", 2000):
+                pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+        def guide(x, y):
+            pyro.sample("slopes", dist.Normal(torch.full((50,), 30.0), 2000**-0.5).to_event(1))
+
+        for seed in range(5):
+            data = to_inference_data(model, guide, x, y, num_samples=3, seed=seed, groups=["posterior"])
+            assert group(data, "posterior")["slopes"].shape == (1, 3, 50)
+
     def test_that_break_a_simulators_contract_say_that(self):
         model = noisy_model(lambda theta: theta)  # (B,) instead of (B, T)
         guide = AutoNormal(model)
@@ -935,7 +969,10 @@ class TestModels:
     def test_with_noise_in_their_body_are_noisy(self):
         def model(y):
             theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
-            pyro.factor("loss", -((theta + torch.randn(theta.shape) - y) ** 2))
+            pyro.factor("loss", -((theta + noise(theta) - y) ** 2))
+
+        def noise(theta):  # rarely
+            return 3.0 * (torch.rand(theta.shape) < 1e-4)
 
         for parallel in (True, False):
             data = to_inference_data(model, normal_guide, Y[0], num_samples=5, parallel=parallel)
@@ -968,6 +1005,7 @@ class TestModels:
             loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
             with pyro.plate("data", len(y)):
                 z = pyro.sample("z", dist.Bernoulli(0.5))
+                pyro.deterministic("sign", 2 * z - 1)
                 pyro.sample("y", dist.Normal(loc * (2 * z - 1), 1.0), obs=y)
 
         y = torch.tensor([-3.0, 3.0, 3.1])
@@ -982,7 +1020,7 @@ class TestModels:
             data = to_inference_data(*source, **options)
         assert set(group(data, "posterior")) == {"loc"}
         assert not {"sample_stats", "log_likelihood"} & set(group_names(data))
-        assert "['z']" in group(data, "posterior").attrs["note"]
+        assert group(data, "posterior").attrs["note"] == "without ['z', 'sign']"
         warned = pytest.warns(UserWarning, match="has no draws")
         with warned, pytest.raises(ValueError, match="'sample_stats' cannot be made: the model has"):
             to_inference_data(*source, **options, groups=["sample_stats"])
@@ -994,6 +1032,13 @@ class TestModels:
 
         stats = group(to_inference_data(conjugate, guide, Y[0], num_samples=9), "sample_stats")
         assert set(stats) == {"lp", "loss"}
+
+        def balanced(y):  # as many auxiliary variables as point masses
+            u = pyro.sample("u", dist.Normal(0.0, 0.5), infer={"is_auxiliary": True})
+            pyro.sample("loc", dist.Normal(0.1 * u, 0.7))
+            pyro.sample("scale", dist.Delta(torch.tensor(1.0)))
+
+        assert set(group(to_inference_data(scaled, balanced, Y, num_samples=9), "sample_stats")) == {"lp", "loss"}
         scaled_guide = poutine.scale(normal_guide, scale=0.1)
         stats = group(to_inference_data(conjugate, scaled_guide, Y[0], num_samples=9), "sample_stats")
         assert set(stats) == {"lp", "loss"}
@@ -1019,6 +1064,22 @@ class TestModels:
         constants = group(data, "constant_data")
         assert set(constants) == {"names", "days", "backwards", "number"}
         np.testing.assert_array_equal(constants["backwards"], [2, 1, 0])
+
+    def test_of_counts_have_whole_numbers(self):
+        def model(y):
+            rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+            k = pyro.sample("k", dist.Poisson(rate))
+            with pyro.plate("data", len(y)):
+                pyro.sample("y", dist.Poisson(rate + k), obs=y)
+
+        def guide(y):
+            pyro.sample("rate", dist.Gamma(2.0, 1.0))
+            pyro.sample("k", dist.Poisson(3.0))
+
+        data = to_inference_data(model, guide, torch.tensor([3.0, 4.0]), num_samples=5)
+        for name, site in (("posterior", "k"), ("prior", "k"), ("posterior_predictive", "y"), ("observed_data", "y")):
+            assert group(data, name)[site].dtype.kind == "i", name
+        assert group(data, "posterior")["rate"].dtype.kind == "f"
 
     def test_and_guides_that_are_swapped_are_named(self):
         with pytest.raises(TypeError, match="model must be the Pyro model, got the guide AutoNormal: it comes second"):

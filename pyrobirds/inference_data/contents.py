@@ -69,7 +69,8 @@ class Runs(NamedTuple):
             "log_prior": {name: log_prior[name] for name in weighing if name in at},
         }
         if summed_over(model, chain):  # their draws are the prior's, and so would be the loss
-            contents["posterior"] = {name: value for name, value in posterior.items() if name not in model.enumerated}
+            without = {*model.enumerated, *deterministic}  # which may depend on them
+            contents["posterior"] = {name: value for name, value in posterior.items() if name not in without}
         elif self.scores:
             log_probs, stats = self._losses(model, at, chain.num_draws)
             contents["log_likelihood"] = {name: value / chain.w for name, value in log_probs.items()}

@@ -197,7 +197,7 @@ class _Made(NamedTuple):
     ws: list[float]  # of each chain
     contents: list[Contents]  # of each chain
     prior: Contents
-    summed_over: list[str]  # discrete latents without draws
+    left_out: list[str]  # discrete latents without draws, and deterministic sites, which may depend on them
 
     @classmethod
     def of(
@@ -207,7 +207,8 @@ class _Made(NamedTuple):
         with_prior = not {"prior", "prior_predictive"}.isdisjoint(runs.wanted)
         for model, chain in chains:
             if made is None:
-                made = cls(model, [], [], {}, summed_over(model, chain))
+                summed = summed_over(model, chain)
+                made = cls(model, [], [], {}, [*summed, *model.named("deterministic")] if summed else [])
                 runs.bar.total = num_chains * runs.number(chain.num_draws) + num_samples * with_prior
             _check_same_shapes(made.model.sites, model.sites)
             made.ws.append(chain.w)
@@ -282,7 +283,7 @@ def _attrs_of_groups(made: _Made, origin: Origin, runs: Runs) -> dict[str, dict[
     return {
         "sample_stats": stats,
         "log_likelihood": {"note": "generalised: log-probability of the data divided by w"},
-        "posterior": {"note": f"without {made.summed_over}, which are not drawn"} if made.summed_over else {},
+        "posterior": {"note": f"without {made.left_out}"} if made.left_out else {},
         "history": windows if origin.fits else {},
     }
 

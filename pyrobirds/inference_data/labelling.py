@@ -44,11 +44,16 @@ class Labels:
 
     def of_values(self, name: str, draws: Tensor) -> Variable:
         """Values of a site, (chains, draws, *its shape)."""
-        return _variable(draws, SAMPLE_DIMS, self.axes[name])
+        return _variable(self._counted(name, draws), SAMPLE_DIMS, self.axes[name])
 
     def of_data(self, name: str, value: Tensor) -> Variable:
         """The value of a site in one run."""
-        return _variable(value, (), self.axes[name])
+        return _variable(self._counted(name, value), (), self.axes[name])
+
+    def _counted(self, name: str, values: Tensor) -> Tensor:
+        """Whole numbers as such, for torch draws counts as floats, and ArviZ tells them by their type."""
+        whole = self._sites[name].is_discrete and bool(values.isfinite().all())
+        return values.long() if whole else values
 
     def of_batch(self, name: str, draws: Tensor) -> Variable:
         """What there is for each element of a site's plates, such as a log-probability."""
@@ -107,7 +112,8 @@ class Variables:
         sites = model.sites
         self._sites, self._bounds = sites, model.bounds
         self._origin, self._dims, self._attrs = origin, dims, attrs
-        self._constants = _constants(origin, [site.value for site in sites.values() if site.kind == "observed"])
+        data = [site for site in sites.values() if site.kind == "observed"]
+        self._constants = _constants(origin, [one for site in data for one in (site.value, site.data)])
         if unknown := [name for name in dims if name not in sites and name not in self._constants]:
             raise ValueError(f"dims names {unknown}, the sites are {[*sites]}, constant data {[*self._constants]}")
         self._labels = Labels(sites, dims)

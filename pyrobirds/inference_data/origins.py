@@ -125,7 +125,7 @@ def guide_chains(origin: Origin, num_samples: int, batch_size: int, parallel: bo
                 )
             drawn = _drawn(model, first, "guide")
             draws = sampling.draw_guide(model, guide, num_samples, drawn, batch_size)
-            log_q = draws.log_q if sampling.has_density(model, trace) else None
+            log_q = draws.log_q if sampling.has_density(model, trace, draws.values) else None
             yield model, Chain(draws.values, log_q, weight(origin.w, fit, model.tempered), origin.has_weights)
 
 
