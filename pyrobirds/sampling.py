@@ -603,8 +603,8 @@ def _some(n: int) -> list[int]:
 
 
 _REMEDY = (
-    "Declare batch dimensions by pyro.plate and index from the right, as in x[..., 0], or run one draw after another by "
-    "parallel=False"
+    "Declare batch dimensions by pyro.plate and index from the right, as in x[..., 0], or run one draw after another "
+    "by parallel=False"
 )
 
 

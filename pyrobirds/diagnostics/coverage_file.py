@@ -26,7 +26,7 @@ from pyrobirds.diagnostics.simulated_datasets import (
 )
 
 _FORMAT = "pyrobirds coverage"
-_ROUNDING = 0.01  # posterior standard deviations, in which the same fit may differ on another machine
+_ROUNDING = 0.001  # posterior standard deviations, in which the same fit may differ on another machine
 
 
 class Finished:
