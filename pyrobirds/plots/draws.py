@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 _WIDE = 10  # a prior so many times as wide as the posterior is not shown whole
-_MOST_BARS = 40
+_ALL = 0.995  # a share that would be written as 100%
 
 
 def predictive(
@@ -122,7 +122,11 @@ def _intervals(ax: Axes, series: Series, fits: list[np.ndarray]) -> None:
 
 def _histogram(ax: Axes, series: Series, fits: list[np.ndarray]) -> None:
     one = len(fits) == 1
-    bins = np.histogram_bin_edges(panels.finite(series.draws), "auto").tolist()
+    values = panels.finite(series.draws)
+    if panels.are_whole(values):
+        bins = panels.whole_edges(int(values.min()), int(values.max())).tolist()
+    else:
+        bins = np.histogram_bin_edges(values, "auto").tolist()
     for number, draws in enumerate(fits):
         label = None if number else _count(series, fits)
         kind: dict[str, Any] = {"alpha": 0.4} if one else {"histtype": "step", "linewidth": panels.thin()}
@@ -192,21 +196,35 @@ def prior_posterior(
     prior, posterior = arviz_groups.group(data, "prior"), arviz_groups.group(data, "posterior")
     names = chosen(var_names, [str(name) for name in posterior if name in prior], "prior and posterior")
     truths = _true_values(true_values or {}, posterior, names)
-    shown = [(label, name, at) for name in names for label, at in elements(posterior[name], SAMPLE_DIMS)]
-    for label, name, at in shown:
-        for group, draws in (("prior", prior), ("posterior", posterior)):
-            if not np.isfinite(draws[name].isel(at)).any():
-                raise ValueError(f"no draw of {label} in the {group} is finite: there is no density")
-    axes = panels.axes_for(ax, [label for label, _, _ in shown])
-    for panel, (label, name, at) in zip(axes, shown, strict=True):
-        before, after = prior[name].isel(at), posterior[name].isel(at)
-        whole = after.dtype.kind in "biu"
-        share = _distributions(panel, before, after, float(truths[name].isel(at)) if name in truths else None, whole)
+    shown = [element for name in names for element in _elements(prior[name], posterior[name], truths.get(name))]
+    axes = panels.axes_for(ax, [element.label for element in shown])
+    for panel, element in zip(axes, shown, strict=True):
+        share = _distributions(panel, element)
         note = "" if share is None else f"\n{share:.0%} of the prior in view"
-        panels.label_axes(panel, panels.name_of(after, label) + note, "share of draws" if whole else "density")
+        name = panels.name_of(element.posterior, element.label)
+        panels.label_axes(panel, name + note, "share of draws" if element.whole else "density")
         panel.set_ylim(0, None)
     panels.add_legend(axes, shared=ax is None)
     return axes
+
+
+class _View(NamedTuple):
+    """What of the axis is shown."""
+
+    low: float
+    high: float
+    clipped: bool
+
+
+class _Element(NamedTuple):
+    """What is drawn in a panel."""
+
+    label: str
+    prior: xr.DataArray
+    posterior: xr.DataArray
+    truth: float | None
+    whole: bool
+    view: _View
 
 
 def _true_values(
@@ -233,14 +251,31 @@ def _numbers(name: str, value: Any) -> np.ndarray:
         raise ValueError(f"true_values[{name!r}] must be a number or an array of them, got {value!r}") from error
 
 
-def _distributions(
-    ax: Axes, prior: xr.DataArray, posterior: xr.DataArray, truth: float | None, whole: bool
-) -> float | None:
+def _elements(prior: xr.DataArray, posterior: xr.DataArray, truths: xr.DataArray | None) -> list[_Element]:
+    """Those of a site, in one view unless some would be spikes in it."""
+    whole = panels.are_whole(prior.values) and panels.are_whole(posterior.values)
+    found = []
+    for label, at in elements(posterior, SAMPLE_DIMS):
+        before, after = prior.isel(at), posterior.isel(at)
+        for group, draws in (("prior", before), ("posterior", after)):
+            if not np.isfinite(draws).any():
+                raise ValueError(f"no draw of {label} in the {group} is finite: there is no density")
+        truth = math.nan if truths is None else float(truths.isel(at))
+        truth = None if math.isnan(truth) else truth
+        view = _view(panels.finite(before.values), panels.finite(after.values), truth)
+        found.append(_Element(label, before, after, truth, whole, view))
+    lows, highs, clipped = zip(*(element.view for element in found), strict=True)
+    view = _View(min(lows), max(highs), any(clipped))
+    if view.high - view.low > _WIDE * min(element.view.high - element.view.low for element in found):
+        return found
+    return [element._replace(view=view) for element in found]
+
+
+def _distributions(ax: Axes, element: _Element) -> float | None:
     """Draw both, and return the share of the prior in view, None if that is all."""
+    _, prior, posterior, truth, whole, view = element
     chains = [panels.finite(of_chain) for of_chain in posterior.transpose("chain", "draw").values]
     before = panels.finite(prior.values)
-    truth = None if truth is None or math.isnan(truth) else truth
-    view = _view(before, np.concatenate(chains), truth)
     label = "posterior" if len(chains) == 1 else f"posterior, {len(chains)} fits"
     if whole:
         _bars(ax, before, chains, view, label)
@@ -253,15 +288,8 @@ def _distributions(
     if truth is not None:
         ax.axvline(truth, color=VERMILLION, linestyle="--", label="true value")
     ax.set_xlim(view.low - whole / 2, view.high + whole / 2)
-    return float(np.mean((before >= view.low) & (before <= view.high))) if view.clipped else None
-
-
-class _View(NamedTuple):
-    """What of the axis is shown."""
-
-    low: float
-    high: float
-    clipped: bool
+    share = float(np.mean((before >= view.low) & (before <= view.high)))
+    return share if view.clipped and share < _ALL else None
 
 
 def _view(prior: np.ndarray, posterior: np.ndarray, truth: float | None) -> _View:
@@ -280,9 +308,8 @@ def _view(prior: np.ndarray, posterior: np.ndarray, truth: float | None) -> _Vie
 
 def _bars(ax: Axes, prior: np.ndarray, chains: list[np.ndarray], view: _View, label: str) -> None:
     """The shares of whole numbers, of several together where there are many."""
-    low, high = math.floor(view.low), math.ceil(view.high)
-    step = math.ceil((high - low + 1) / _MOST_BARS)
-    edges = np.arange(low, high + step + 1, step) - 0.5
+    edges = panels.whole_edges(math.floor(view.low), math.ceil(view.high))
+    step = edges[1] - edges[0]
     width = 0.8 * step / (1 + len(chains))
     names = ["prior", label, *[None] * (len(chains) - 1)]
     for number, (draws, name) in enumerate(zip([prior, *chains], names, strict=True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -20,9 +21,13 @@ BY_CHAIN = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY)
 MARKERS = (".", "x", "^", "s")  # where there are more chains than colours
 
 _MOST_PANELS = 24
+_MOST_BARS = 40
 # In font sizes. Letters are about so wide.
 _LETTER = 0.55
 _ROOMY, _TIGHT = (20, 13), (12, 9)  # width and height of a panel
+_LEAST, _ENOUGH = 4, 6.5  # height of a panel without what is written around it: to keep the figure's, and else
+_TALL = 60  # height of a panel with more than all that can be written around it
+_OFFSET = 12  # letters of a date beside the axis
 
 
 def one_axes(ax: Axes | None) -> Axes:
@@ -35,7 +40,11 @@ def one_axes(ax: Axes | None) -> Axes:
 
 
 def axes_for(
-    ax: Axes | Sequence[Axes] | np.ndarray | None, labels: Sequence[str], remedy: str = "choose sites by var_names"
+    ax: Axes | Sequence[Axes] | np.ndarray | None,
+    labels: Sequence[str],
+    remedy: str = "choose sites by var_names",
+    *,
+    square: bool = False,
 ) -> np.ndarray:
     """As many axes as there are labels."""
     if len(labels) > _MOST_PANELS:
@@ -44,7 +53,7 @@ def axes_for(
             f"{remedy}, or select elements first, as in data.sel(region=['north', 'south'])"
         )
     if ax is None:
-        return _new_panels(len(labels))
+        return _new_panels(len(labels), square)
     axes = np.array([ax] if isinstance(ax, Axes) else ax, dtype=object).ravel()
     for one in axes:
         if not isinstance(one, Axes):
@@ -54,13 +63,16 @@ def axes_for(
     return axes
 
 
-def _new_panels(num: int) -> np.ndarray:
-    """Axes in a new figure of matplotlib's size: as few columns as keep it, higher only where none do."""
+def _new_panels(num: int, square: bool) -> np.ndarray:
+    """Axes in a new figure of matplotlib's size: as few columns as keep it, higher only where none do.
+
+    Square ones are in as many columns as fit, for what they would gain in width is lost in height.
+    """
     width, height = plt.rcParams["figure.figsize"]
     inches = plt.rcParams["font.size"] / 72
     fewest, most = (min(num, max(1, int(width / (columns * inches)))) for columns, _ in (_ROOMY, _TIGHT))
     fitting = [n for n in range(fewest, most) if math.ceil(num / n) * _ROOMY[1] * inches <= height]
-    columns = min(fitting, default=most)
+    columns = most if square else min(fitting, default=most)
     rows = math.ceil(num / columns)
     size = (width, max(height, rows * _TIGHT[1] * inches))
     _, grid = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="constrained")
@@ -79,8 +91,31 @@ def add_legend(axes: np.ndarray, *, shared: bool) -> None:
         inches = sum(len(label) + 9 for label in entries) * _LETTER * plt.rcParams["font.size"] / 72
         columns = math.ceil(len(entries) / math.ceil(inches / figure.get_figwidth()))
         figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns, frameon=False)
+        _heighten(axes)
     else:
         axes[0].legend(entries.values(), entries.keys(), frameon=False)
+
+
+def _heighten(axes: np.ndarray) -> None:
+    """Make a new figure higher if too little is left of its panels; as high as square ones need."""
+    figure, inches = axes[0].figure, plt.rcParams["font.size"] / 72
+    rows, height, aspect = axes[0].get_gridspec().nrows, figure.get_figheight(), axes[0].get_aspect()
+    for ax in axes:
+        ax.set_aspect("auto")  # the layout errs where panels do not fill their place
+    tall = rows * _TALL * inches  # where nothing collapses
+    figure.set_figheight(tall)
+    figure.draw_without_rendering()
+    place = axes[0].get_position(original=True)
+    written, width = tall * (1 - rows * place.height), place.width * figure.get_figwidth()
+    if aspect != "auto":
+        least = written + rows * min(width, _ROOMY[1] * inches)
+        figure.set_figheight(min(max(height, least), written + rows * width))
+        figure.draw_without_rendering()
+    else:
+        enough = written + rows * _LEAST * inches <= height
+        figure.set_figheight(height if enough else written + rows * _ENOUGH * inches)
+    for ax in axes:
+        ax.set_aspect(aspect)
 
 
 def label_axes(ax: Axes, x: str, y: str) -> None:
@@ -90,17 +125,29 @@ def label_axes(ax: Axes, x: str, y: str) -> None:
         ax.set_ylabel(_wrapped(y, height))
     else:
         ax.set_title(_wrapped(y, width), loc="left", fontsize=plt.rcParams["axes.labelsize"])
-    ax.set_xlabel(_wrapped(x, int(1.25 * width)))  # there is room beside the axis
+    if isinstance(ax.xaxis.get_major_formatter(), ConciseDateFormatter):  # it writes at the right
+        ax.set_xlabel(_wrapped(x, max(_OFFSET, width - _OFFSET)), loc="left")
+    else:
+        ax.set_xlabel(_wrapped(x, int(1.25 * width)))  # there is room beside the axis
+
+
+def set_title(ax: Axes, text: str) -> None:
+    """A title in as many lines as it takes."""
+    ax.set_title(_wrapped(text, _room(ax)[0]))
 
 
 def _room(ax: Axes) -> tuple[int, int]:
     """About how many letters fit beside and above each other."""
     size, letter = ax.get_window_extent().size, _LETTER * plt.rcParams["font.size"] * ax.figure.dpi / 72
-    return max(10, int(size[0] / letter)), max(10, int(size[1] / letter))
+    height = size[1] if ax.get_aspect() == "auto" else min(size)
+    return max(10, int(size[0] / letter)), max(10, int(height / letter))
 
 
 def _wrapped(text: str, width: int) -> str:
-    return "\n".join("\n".join(textwrap.wrap(line, width)) for line in text.split("\n"))
+    """Lines that break between words, at the brackets of words that are too long, and inside words only then."""
+    text = re.sub(r"\S+", lambda word: word[0].replace("[", "\v[") if len(word[0]) > width else word[0], text)
+    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, width, replace_whitespace=False)]
+    return "\n".join(lines).replace("\v", "")
 
 
 def places(ax: Axes, labels: xr.DataArray) -> np.ndarray:
@@ -147,3 +194,15 @@ def name_of(array: xr.DataArray, label: str | None = None) -> str:
 def finite(values: np.ndarray) -> np.ndarray:
     """The finite ones, as a list."""
     return values[np.isfinite(values)].astype(float)
+
+
+def are_whole(values: np.ndarray) -> bool:
+    """Whether the finite values are counts, as whole numbers or as floats."""
+    values = finite(values)
+    return bool(values.size and (np.rint(values) == values).all() and np.abs(values).max() < 2**53)
+
+
+def whole_edges(low: int, high: int) -> np.ndarray:
+    """Edges of bins that hold a whole number each, or equally many where there would be too many bins."""
+    step = math.ceil((high - low + 1) / _MOST_BARS)
+    return np.arange(low, high + step + 1, step) - 0.5

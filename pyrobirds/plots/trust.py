@@ -60,7 +60,7 @@ def coverage(
     """
     table = Coverage(_of_sites(coverage, var_names)).table()
     curves = [*table.groupby("element", sort=False)]
-    axes = panels.axes_for(ax, [str(label) for label, _ in curves])
+    axes = panels.axes_for(ax, [str(label) for label, _ in curves], square=True)
     for panel, (label, curve) in zip(axes, curves, strict=True):
         panel.fill_between(curve["expected"], curve["lower"], curve["upper"], **_CALIBRATED)
         panel.plot([0, 1], [0, 1], color=GREY, linewidth=panels.thin())
@@ -164,10 +164,12 @@ def khat(data: InferenceData | xr.DataTree, *, ax: Axes | None = None) -> Axes:
     chains = [importance.smooth(of_chain) for of_chain in raw]
     ax = panels.one_axes(ax)
     many, fit_drawn = len(chains) > 1, False
+    objection = importance.noise(data, np.stack([chain.log_weights for chain in chains])).objection
     for number, (of_chain, chain) in enumerate(zip(raw, chains, strict=True)):
         again, place = divmod(number, len(panels.BY_CHAIN))
         color, marker = panels.BY_CHAIN[place], panels.MARKERS[again % len(panels.MARKERS)]
-        label = f"fit {number + 1}: k-hat {chain.khat:.2f}" if many else "draws"
+        judged = "" if objection else f": k-hat {_in_words(chain.khat)}"
+        label = f"fit {number + 1}{judged}" if many else "draws"
         dots, fit = _tail(of_chain, chain)
         ax.plot(*dots, marker, color=color, alpha=0.4 if many else 1, label=label if number < _MOST_NAMED else None)
         if math.isfinite(chain.khat) and fit.size:
@@ -178,16 +180,17 @@ def khat(data: InferenceData | xr.DataTree, *, ax: Axes | None = None) -> Axes:
     if fit_drawn:
         ax.plot([], [], color=BLACK, label="generalised Pareto fit")
     worst, threshold = np.max([chain.khat for chain in chains]), min(chain.threshold for chain in chains)
-    if objection := importance.noise(data, np.stack([chain.log_weights for chain in chains])).objection:
-        ax.set_title(f"k-hat cannot be judged:\n{objection}")
+    if objection:
+        title = f"k-hat cannot be judged:\n{objection}"
     elif np.isnan(worst):
-        ax.set_title("k-hat cannot be fitted:\ntoo few weights, or too many equal ones")
+        title = "k-hat cannot be fitted:\ntoo few weights, or too many equal ones"
     else:
         trusted = worst < threshold
-        ax.set_title(
-            f"k-hat {worst:.2f}, {'' if trusted else 'not '}below {threshold:.2f}:\n"
+        title = (
+            f"k-hat {_in_words(worst)}, {'' if trusted else 'not '}below {threshold:.2f}:\n"
             f"the weights {'can' if trusted else 'cannot'} be trusted"
         )
+    panels.set_title(ax, title)
     ax.set(xscale="log", yscale="log")
     ax.set(xlabel="importance weight / mean weight", ylabel="share of draws with a larger weight")
     low, high = ax.get_xlim()
@@ -199,6 +202,12 @@ def khat(data: InferenceData | xr.DataTree, *, ax: Axes | None = None) -> Axes:
         if handle is not None:
             handle.set_alpha(1)
     return ax
+
+
+def _in_words(khat: float) -> str:
+    if math.isnan(khat):
+        return "cannot be fitted"
+    return f"{khat:.2f}" if math.isfinite(khat) else "infinite" if khat > 0 else "minus infinity"
 
 
 def _tail(raw: np.ndarray, chain: importance.Smoothed) -> tuple[np.ndarray, np.ndarray]:

@@ -354,6 +354,35 @@ def test_a_single_number_is_a_histogram(rng):
     assert line(ax, "data").get_xdata() == [310, 310]
 
 
+def test_counts_have_a_bin_for_each_whole_number(rng):
+    x = rng.poisson(6, (1, 500))
+    bars = plots.predictive(predicted(np.array(7.0), x))[0].patches
+    assert {bar.get_x() + 0.5: bar.get_height() for bar in bars if bar.get_height()} == dict(
+        zip(*np.unique(x, return_counts=True), strict=True)
+    )
+    bars = plots.predictive(predicted(np.array(7.0), rng.poisson(1e4, (1, 500))))[0].patches
+    assert len(bars) <= 41
+    assert {bar.get_width() % 1 for bar in bars} == {0}
+
+
+@pytest.mark.parametrize("height", [4, 4.8])
+def test_what_is_written_around_panels_leaves_room_for_them(rng, height):
+    names = {f"probability_of_infection_{number}_{'per_contact_' * 4}": rng.normal(size=(1, 9)) for number in range(9)}
+    with plt.rc_context({"figure.figsize": (6.4, height)}):
+        axes = plots.prior_posterior(exported(prior=(draws(**names),), posterior=(draws(**names),)))
+    axes[0].figure.canvas.draw()
+    assert min(ax.get_window_extent().height for ax in axes) > 0.8 * axes[0].figure.dpi
+
+
+def test_squares_stand_in_a_row(rng):
+    axes = plots.coverage(calibrated(rng, shape=(2,)), "theta")
+    axes[0].figure.canvas.draw()
+    one, other = (ax.get_window_extent() for ax in axes)
+    assert one.y0 == pytest.approx(other.y0)
+    assert one.width == pytest.approx(one.height)
+    assert one.width > 1.8 * axes[0].figure.dpi
+
+
 def area(line, low=-np.inf, high=np.inf):
     x, y = line.get_xydata().T
     inside = (x > low) & (x < high)
@@ -425,6 +454,8 @@ def test_whole_numbers_are_shown_by_their_shares(rng):
     left, right = ax.get_xlim()
     assert left < min(bar.get_x() for bar in ax.patches if bar.get_height())
     assert right > max(bar.get_x() + bar.get_width() for bar in ax.patches if bar.get_height())
+    floats = exported(prior=(draws(n=prior * 1.0),), posterior=(draws(n=posterior * 1.0),))
+    assert plots.prior_posterior(floats)[0].get_ylabel() == "share of draws"
     flags = exported(prior=(draws(on=prior > 2),), posterior=(draws(on=prior > 3),))
     bars = plots.prior_posterior(flags)[0].containers[1]
     assert sum(bar.get_height() for bar in bars) == pytest.approx(1)
@@ -432,6 +463,13 @@ def test_whole_numbers_are_shown_by_their_shares(rng):
     bars = plots.prior_posterior(wide)[0].containers[1]
     assert len(bars) <= 45
     assert sum(bar.get_height() for bar in bars) >= 0.99  # in view
+
+
+def test_elements_of_a_site_have_one_view_unless_one_would_be_a_spike(rng):
+    for scale, same in ((2, True), (1000, False)):
+        x = draws(a=rng.normal(size=(1, 99, 2)) * [1, scale])
+        one, other = plots.prior_posterior(exported(prior=(x,), posterior=(x,)))
+        assert (one.get_xlim() == other.get_xlim()) == same
 
 
 def test_each_panel_marks_the_true_value_of_its_element(rng):
@@ -564,7 +602,7 @@ def test_the_coverage_curves_are_the_table(rng):
     axes = plots.coverage(result, "theta")
     table = result.table()
     for ax, element in zip(axes, ("theta[a]", "theta[b]"), strict=True):
-        assert ax.get_ylabel().replace("\n", " ") == f"share that holds the true {element}"
+        assert ax.get_title(loc="left").replace("\n", " ") == f"share that holds the true {element}"
         rows = table[table["element"] == element]
         np.testing.assert_array_equal(line(ax, "central").get_ydata(), rows["central"])
         np.testing.assert_array_equal(line(ax, "highest density").get_ydata(), rows["hdi"])
@@ -607,7 +645,7 @@ def test_the_tail_is_the_fit_of_psis(rng, generation):
         expected = expected[: tail_length(1000)]
         np.testing.assert_allclose(fit.get_xdata(), expected[expected < weights[0] * (1 - 1e-12)])
     fine = plots.khat(weighted(np.zeros((1, 500)), np.zeros((1, 500))))
-    assert "-inf, below 0.63:\nthe weights can be trusted" in fine.get_title()
+    assert "minus infinity, below 0.63:\nthe weights can be trusted" in fine.get_title()
 
 
 def test_many_fits_can_be_told_apart_and_the_legend_ends(rng):
