@@ -165,9 +165,9 @@ def prior_posterior(
 
     Densities are ArviZ's estimates from the draws, reflected at the bounds of the site. These are its attributes
     ``lower`` and ``upper`` in the posterior, which :func:`~pyrobirds.to_inference_data` exports of latent sites and
-    takes for others by ``attrs=``. Of whole numbers the shares of draws are shown. Where the prior is more than ten
-    times as wide as the posterior only a part of it is shown, and the label says how much. Several fits have a line
-    each.
+    takes for others by ``attrs=``. A density that vanishes at a bound is drawn too high there. Of whole numbers the
+    shares of draws are shown. Where the prior is more than ten times as wide as the posterior only a part of it is
+    shown, and the label says how much. Several fits have a line each.
 
     Args:
         data: exported data, with the groups ``prior`` and ``posterior``.
