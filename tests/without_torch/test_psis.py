@@ -297,7 +297,7 @@ def test_without_a_simulator_there_is_no_noise(rng):
 @pytest.mark.parametrize(
     ("kwargs", "title"),
     [
-        ({}, "k-hat -inf, below 0.67:\nthe weights can be trusted"),
+        ({}, "k-hat minus infinity, below 0.67:\nthe weights can be trusted"),
         ({"noisy": True}, "k-hat cannot be judged:\nthe noise of the losses is unknown"),
         (
             {"attrs": {"num_repeats": 4}, "loss_variance": np.full((1, 1000), 8.0)},
