@@ -1,13 +1,11 @@
-"""Losses: how far simulated paths are from the observed one.
-
-A loss is any callable ``(x, y) -> (B,)`` of simulated ``x`` and observed ``y``, both of shape ``(B, *event)``. It knows
-nothing of simulators. NaN in ``y`` marks missing data and is masked.
-"""
+"""Losses that compare entry by entry."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from pyrobirds.losses.shapes import check_one_run
 
 
 def mse(x: Tensor, y: Tensor) -> Tensor:
@@ -34,11 +32,7 @@ def mse(x: Tensor, y: Tensor) -> Tensor:
         >>> mse(x, y)
         tensor([1.3333, 1.0000])
     """
-    if x.shape != y.shape:
-        raise ValueError(
-            f"mse: x has shape {tuple(x.shape)} and y has shape {tuple(y.shape)}; "
-            "both must be (B, *event): expand y yourself if one series is to be compared with many"
-        )
+    check_one_run("mse", x, y)
     observed = ~torch.isnan(y)
     # NaN must go before the square, not after: where() passes NaN gradients through the branch that it does not take.
     errors = torch.where(observed, x - torch.where(observed, y, 0), 0)

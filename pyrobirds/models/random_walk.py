@@ -1,4 +1,4 @@
-"""Ready Pyro models: the parameter sites with their priors and the simulator site."""
+"""The model of the random walk."""
 
 from __future__ import annotations
 
