@@ -18,12 +18,15 @@ LAYERS = (
     {"_checks", "_rng", "arviz_groups", "closed_forms", "descent", "interrupts", "trained"},
     {"averaging", "callbacks", "fit_result", "losses.shapes", "traces"}
     | {"diagnostics.coverage_result", "diagnostics.importance", "plots.panels", "series"},
-    {"checkpoints", "dependence", "divergences", "failures", "losses.errors", "tempering"}
+    {"checkpoints", "dependence", "divergences", "failures", "tempering"}
     | {"diagnostics.predictive", "plots.draws", "plots.steps", "plots.trust"}
-    | {"simulators.contract", "simulators.parameters", "simulators.relaxations", "simulators.rollout", "simulators.unbatched"},
+    | {"losses.errors"}
+    | {"simulators.contract", "simulators.parameters", "simulators.relaxations", "simulators.rollout"}
+    | {"simulators.unbatched"},
     {"losses", "plots", "progress", "scoring"},
     {"elbo", "simulators.simulator"},
-    {"sampling", "simulators.random_walk", "simulators.repeats", "training_run"},
+    {"sampling", "simulators.repeats", "training_run"}
+    | {"simulators.random_walk"},
     {"inference_data.contents", "saving", "simulators"},
     {"models.random_walk"},
     {"models"},
