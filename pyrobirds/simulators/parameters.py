@@ -15,6 +15,8 @@ from pyrobirds._checks import shape_text
 
 EventDims = int | Sequence[int] | Mapping[str, int]
 
+_OF_SIMULATOR = {"loss", "batched", "theta_event_dims", "event_dim", "differentiation", "replicates", "seed"}
+
 
 class Theta(NamedTuple):
     """The parameters of one call: tensors ``(*batch, *event)`` whose batches broadcast to ``batch_shape``."""
@@ -94,7 +96,7 @@ class Parameters:
             self._signature.bind(*all_args, **all_kwargs, **self.settings)
         except TypeError as error:
             data = f", the data are its {self._data.name!r}" if self._data else ""
-            clashing = sorted({"loss", "batched", "theta_event_dims", "event_dim", "seed"} & {*self.names})
+            clashing = sorted(_OF_SIMULATOR & {*self.names})
             remedy = f". Fix {clashing}, which Simulator takes itself, by functools.partial" if clashing else ""
             raise TypeError(
                 f"{self.name} was called with {len(args)} positional parameters and {sorted(kwargs)} by keyword: "

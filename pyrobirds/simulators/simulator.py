@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 from zlib import crc32
 
 import torch
@@ -17,10 +17,12 @@ from torch import Tensor
 from pyrobirds import _checks
 from pyrobirds._rng import forked_rng
 from pyrobirds.simulators import contract
+from pyrobirds.simulators.forward_mode import ForwardMode, NotForwardDifferentiable
 from pyrobirds.simulators.parameters import EventDims, Parameters, Theta
 from pyrobirds.simulators.unbatched import Raised, Unbatched
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Differentiation = Literal["reverse", "forward"]
 
 _INSIDE = object()  # in place of a loss: the function is a loss that simulates inside itself
 
@@ -43,6 +45,12 @@ class Simulator:
         theta_event_dims: how many rightmost dimensions of a parameter belong to one draw (0 for scalars, 1 for
             vectors): one number for all of them, a sequence in the order of ``fn``'s parameters, or a dict by name.
         event_dim: how many dimensions of the output belong to one draw (1 for a time series), or a dict by output.
+        differentiation: how x is differentiated with respect to the parameters. ``"reverse"``: by autograd, whose
+            memory grows with the simulator's operations, so with time. ``"forward"``: by forward-mode differentiation,
+            whose memory does not; its time grows with the number of parameters. There are no gradients with respect to
+            tensors that are not among the parameters then, nor second derivatives.
+        replicates: m, how many runs there are to each draw that is scored. With more than one the loss gets x of shape
+            ``(B, m, *event)`` and y of shape ``(B, *event)``; a draw fails if one of its runs does. Drawing is one run.
         seed: freezes the noise of the runs that are scored: the log-probability is then deterministic for a fixed batch
             shape (each place in the batch has its own noise). Draws stay random.
         **settings: further arguments of ``fn``, the same at every call. For a name that clashes with one above take
@@ -80,6 +88,8 @@ class Simulator:
         batched: bool = True,
         theta_event_dims: EventDims = 0,
         event_dim: int | Mapping[str, int] = 1,
+        differentiation: Differentiation = "reverse",
+        replicates: int = 1,
         seed: int | None = None,
         **settings: Any,
     ) -> None:
@@ -93,10 +103,16 @@ class Simulator:
         self.event_dims = _event_dims(event_dim, tuple(losses))
         self.event_shapes: dict[str | None, torch.Size] = {}  # as of the last run
         self.seed = None if seed is None else _checks.seed("seed", seed)
+        if differentiation not in ("reverse", "forward"):
+            raise ValueError(f"differentiation must be 'reverse' or 'forward', got {differentiation!r}")
+        self.differentiation: Differentiation = differentiation
+        self.replicates = _checks.positive_int("replicates", replicates)
         self._batched = _checks.boolean("batched", batched)
         self._parameters = Parameters(self.name, fn, settings, theta_event_dims, takes_data=self.scores_inside)
         with_settings = partial(fn, **settings)
-        self._fn = with_settings if batched else Unbatched(with_settings, self.name)
+        # What runs a batch of draws: it returns the results, and the draws that raised if that is not the whole batch.
+        run = partial(_run_batched, with_settings) if batched else Unbatched(with_settings, self.name)
+        self._run = ForwardMode(run, self.name) if differentiation == "forward" else run
         self._checked: set[Any] = set()  # the checks that passed
         self._kinds: dict[str | None, _Kind] = {}  # by output, as of the last run; empty before the first that worked
         self._warned = False  # that a run raised an exception
@@ -110,6 +126,7 @@ class Simulator:
         batched: bool = True,
         theta_event_dims: EventDims = 0,
         event_dim: int = 1,
+        differentiation: Differentiation = "reverse",
         seed: int | None = None,
         **settings: Any,
     ) -> Simulator:
@@ -123,6 +140,7 @@ class Simulator:
             batched: whether ``loss`` takes a batch of draws; a loss of ONE draw gets one y of shape ``event``.
             theta_event_dims: as for :class:`Simulator`.
             event_dim: how many dimensions of y belong to one draw.
+            differentiation: as for :class:`Simulator`, of the loss.
             seed: as for :class:`Simulator`.
             **settings: further arguments of ``loss``.
 
@@ -140,6 +158,7 @@ class Simulator:
             batched=batched,
             theta_event_dims=theta_event_dims,
             event_dim=event_dim,
+            differentiation=differentiation,
             seed=seed,
             **settings,
         )
@@ -160,11 +179,13 @@ class Simulator:
                 "the data, or make it of a simulator and a loss, Simulator(fn, loss)"
             )
         called = self._call(run, batch_shape, scored=scored)
+        n, replicates = batch_shape.numel(), self.replicates if scored else 1
         outputs = {}
         for output, x in self._by_output(called.result).items():
             what = f"what {self.name} returned" if output is None else f"output {output!r} of {self.name}"
-            outputs[output] = contract.check_shape(what, x, batch_shape.numel(), self.event_dims[output], self._batched)
-        self.event_shapes = {output: x.shape[1:] for output, x in outputs.items()}
+            x = contract.check_shape(what, x, n * replicates, self.event_dims[output], self._batched)
+            self.event_shapes[output] = x.shape[1:]
+            outputs[output] = x.reshape(n, replicates, *x.shape[1:]) if replicates > 1 else x
         self._kinds = {output: _kind(x) for output, x in outputs.items()}
         if scored and called.inputs:
             what = f"what {self.name} returns"
@@ -183,8 +204,11 @@ class Simulator:
             loss = self.losses[output]
             what, remedy = f"the loss {_name(loss)!r} of {site}", "reduce over the event only, e.g. by .mean(-1)"
             x, called = run.take(output, batch_shape, scored=True)
-            y = contract.expand_data(site, y, x.shape[1:], batch_shape)
-            worked = contract.all_of_event(x.detach().isfinite() | y.isnan())
+            y = contract.expand_data(site, y, self.event_shapes[output], batch_shape)
+            missing = y.isnan()
+            worked = contract.all_of_event(
+                x.detach().isfinite() | (missing.unsqueeze(1) if self.replicates > 1 else missing)
+            )
             if called.worked is not None:
                 worked = worked & called.worked.to(x.device)
             value = loss(torch.where(contract.like(worked, x), x, 0), y)  # it need not know what to do with NaN
@@ -206,22 +230,27 @@ class Simulator:
         flat = contract.guard(backward, theta.flat(batch_shape))
         args, kwargs = self._parameters.with_data(*theta.arguments(flat), y)
         n, raised = batch_shape.numel(), None
-        frozen = scored and run.seed is not None
-        with forked_rng(run.seed) if frozen else nullcontext():
-            if isinstance(self._fn, Unbatched):
-                result, raised = self._fn(*args, **kwargs)
-            else:
-                try:
-                    result = self._fn(*args, **kwargs)
-                except Exception as error:
-                    result, raised = None, Raised([*range(n)], error)
+        replicates = self.replicates if scored else 1
+        if replicates > 1:
+            args = tuple(_repeat(entry, replicates) for entry in args)
+            kwargs = {name: _repeat(entry, replicates) for name, entry in kwargs.items()}
+        with forked_rng(run.seed) if scored and run.seed is not None else nullcontext():
+            try:
+                result, raised = self._run(*args, **kwargs)
+            except NotForwardDifferentiable:
+                raise
+            except Exception as error:
+                if not self._batched:  # the exceptions of single draws were caught: this is another one
+                    raise
+                result, raised = None, Raised([*range(n * replicates)], error)
         worked, self.last_exception = None, ""
         if raised is not None:
-            if len(raised.draws) == n:
+            if len(raised.draws) == n * replicates:
                 may_fail = self._kinds and (scored or run.draws_may_fail)
                 if raised.error is not None and not may_fail:
                     raise raised.error
-                result = self._nan(n)
+                result = self._nan(n * replicates)
+            raised.draws = sorted({each // replicates for each in raised.draws})
             worked = torch.ones(n, dtype=torch.bool, device=flat[0].device if flat else None)
             worked[raised.draws] = False
             if not self._warned:
@@ -283,7 +312,7 @@ class Called(NamedTuple):
 class Simulated(NamedTuple):
     """What a run gave."""
 
-    outputs: dict[str | None, Tensor]  # x by output, (B, *event)
+    outputs: dict[str | None, Tensor]  # x by output, (B, *event), or (B, m, *event) with replicates
     called: Called
 
 
@@ -337,8 +366,12 @@ class Run(Mapping[str, "SimulatorSite"]):
 
         It is that of the last simulation if that has not served it yet, else of a new one.
         """
-        # Runs without gradients, and runs with random noise where it is to be frozen, are of no use to the other kind.
-        kind = (batch_shape, torch.is_grad_enabled(), scored and self.seed is not None)
+        # Runs without gradients, and draws where noise is to be frozen or replicated, are of no use to the other kind.
+        kind = (
+            batch_shape,
+            torch.is_grad_enabled(),
+            scored and (self.seed is not None or self.simulator.replicates > 1),
+        )
         if kind not in self._unserved or output not in self._unserved[kind].outputs:
             self._unserved[kind] = self.simulator.simulate(self, batch_shape, scored=scored)
         outputs, called = self._unserved[kind]
@@ -412,6 +445,10 @@ class SimulatorSite(TorchDistribution):
             name: value for name, value in simulator.settings.items() if isinstance(value, bool | int | float | str)
         }
         settings["seed"] = self.run.seed
+        if simulator.differentiation != "reverse":
+            settings["differentiation"] = simulator.differentiation
+        if simulator.replicates > 1:
+            settings["replicates"] = simulator.replicates
         if self.run.repeats:
             settings["num_repeats"] = self.run.repeats.numel()
         words = "".join(f", {name}={value!r}" for name, value in settings.items())
@@ -464,6 +501,15 @@ class SimulatorSite(TorchDistribution):
     def __repr__(self) -> str:
         output = "" if self.output is None else f", output={self.output!r}"
         return f"{self.run.simulator!r}(batch_shape={tuple(self.batch_shape)}{output})"
+
+
+def _run_batched(fn: Callable[..., Any], *args: Tensor, **kwargs: Tensor) -> tuple[Any, Raised | None]:
+    return fn(*args, **kwargs), None
+
+
+def _repeat(entry: Any, times: int) -> Any:
+    """Each draw's own as often as it has replicates, ``(B * times, *event)``."""
+    return entry.repeat_interleave(times, 0) if isinstance(entry, Tensor) else entry
 
 
 def _mean_of_survivors(loss: Tensor, worked: Tensor) -> Tensor:
