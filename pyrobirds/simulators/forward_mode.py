@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class ForwardMode:
         primals = [tensor.detach() for tensor in inputs]
         if not self._checked:
             self._check_other_gradients(at, primals)
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if self._checked else _quiet_imports():
             traced = self._differentiate(at, primals)
         if traced is None:
             return at(*primals)
@@ -117,6 +118,14 @@ class ForwardMode:
         return traced
 
 
+@contextmanager
+def _quiet_imports() -> Iterator[None]:
+    """Torch loads its rules for forward mode at first use, and these warn of how they are written."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        yield
+
+
 class _Traced:
     """The results of a call, and the Jacobians of those that are floating-point tensors."""
 
@@ -165,9 +174,8 @@ def _push(at: Fn, primals: list[Tensor], direction: Tensor, shape: _Shape) -> Pu
         part.reshape(primal.shape[1:]).to(primal).expand_as(primal)
         for part, primal in zip(direction.split(sizes), primals, strict=True)
     )
-    results, pushed, others = torch.func.jvp(
-        lambda *theta: shape.split(at(*theta)), tuple(primals), tangents, has_aux=True
-    )
+    jvp: Any = torch.func.jvp(lambda *theta: shape.split(at(*theta)), tuple(primals), tangents, has_aux=True)
+    results, pushed, others = jvp
     return pushed, results, others
 
 
@@ -181,7 +189,8 @@ def _together(at: Fn, primals: list[Tensor]) -> _Traced:
     shape = _Shape()
     out_dims: Any = (0, None, None)
     push = torch.vmap(lambda one: _push(at, primals, one, shape), out_dims=out_dims, randomness="same")
-    jacobians, results, others = push(_directions(primals))
+    pushed: Any = push(_directions(primals))
+    jacobians, results, others = pushed
     return _Traced(shape, results, others, jacobians)
 
 
