@@ -157,9 +157,9 @@ class _Shape:
         leaves, self._spec = tree_flatten(result)
         kinds = [leaf.is_floating_point() if isinstance(leaf, Tensor) else None for leaf in leaves]
         self._leaves = [leaf if kind is None else kind for leaf, kind in zip(leaves, kinds, strict=True)]
-        return tuple(
-            [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind is which] for which in (True, False)
-        )
+        results = [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind is True]
+        others = [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind is False]
+        return results, others
 
     def join(self, results: list[Tensor], others: list[Tensor]) -> tuple[Any, Raised | None]:
         tensors = {True: iter(results), False: iter(others)}
