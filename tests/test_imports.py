@@ -16,19 +16,23 @@ PACKAGE = ROOT / "pyrobirds"
 # A module may import the layers below its own.
 LAYERS = (
     {"_checks", "_rng", "arviz_groups", "closed_forms", "descent", "interrupts", "trained"},
-    {"averaging", "callbacks", "fit_result", "losses.shapes", "traces"}
+    {"averaging", "callbacks", "fit_result", "losses.shapes", "simulators.scanning", "traces"}
+    | {"losses.averages", "losses.distances", "losses.statistics", "losses.value_object"}
     | {"diagnostics.coverage_result", "diagnostics.importance", "plots.panels", "series"},
     {"checkpoints", "dependence", "divergences", "failures", "tempering"}
     | {"diagnostics.predictive", "plots.draws", "plots.steps", "plots.trust"}
-    | {"losses.errors"}
+    | {"losses.combined", "losses.debiased", "losses.errors", "losses.moments", "losses.synthetic"}
+    | {"losses.crps", "losses.energy", "losses.kernel", "losses.mmd", "losses.wasserstein"}
     | {"simulators.contract", "simulators.parameters", "simulators.relaxations", "simulators.rollout"}
     | {"simulators.unbatched"},
-    {"losses", "plots", "progress", "scoring"},
+    {"losses", "plots", "progress", "scoring", "simulators.forward_mode", "simulators.graphs"},
     {"elbo", "simulators.simulator"},
     {"sampling", "simulators.repeats", "training_run"}
-    | {"simulators.random_walk"},
+    | {"simulators.brock_hommes", "simulators.normal", "simulators.rama_cont", "simulators.random_walk"}
+    | {"simulators.sir"},
     {"inference_data.contents", "saving", "simulators"},
-    {"models.random_walk"},
+    {"models.brock_hommes", "models.normal", "models.rama_cont", "models.random_walk"}
+    | {"models.sir"},
     {"models"},
     {"inference_data.origins"},
     {"inference_data.labelling"},

@@ -1,4 +1,4 @@
-"""The random walk and the relaxation below it."""
+"""The random walk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pyrobirds.simulators import random_walk, relaxations
+from pyrobirds.simulators import random_walk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -48,33 +48,23 @@ def test_bad_arguments(arguments: dict[str, object], error: type[Exception], mat
         random_walk(torch.zeros(2), **arguments)
 
 
-@pytest.mark.parametrize("tau", [0.1, 0.5, 1.0])
-def test_gradient_of_a_choice_is_that_of_the_relaxed_one(tau: float) -> None:
-    """d/dlogits sigmoid((logits + noise) / tau), by hand from the same uniform numbers."""
-    logits = torch.randn(1000, dtype=torch.float64, requires_grad=True)
-    torch.manual_seed(5)
-    draws = relaxations.bernoulli(logits, tau)
-    (gradient,) = torch.autograd.grad(draws.sum(), logits)
-    torch.manual_seed(5)
-    soft = torch.sigmoid((logits + torch.logit(torch.rand(1000, dtype=torch.float64))) / tau)
-    assert torch.allclose(gradient, soft * (1 - soft) / tau, rtol=1e-9, atol=1e-12)
-    assert torch.equal(draws.detach(), (soft > 0.5).double())
+def test_any_leading_batch() -> None:
+    theta = torch.tensor([[-40.0, 0.0, 40.0]] * 2)
+    x = random_walk(theta, 4)
+    assert x.shape == (2, 3, 4)
+    assert x[:, [0, 2], -1].tolist() == [[-3.0, 3.0]] * 2
 
 
-def test_choices_at_the_ends_have_finite_gradients() -> None:
-    logits = torch.tensor([-1e4, -100.0, 100.0, 1e4], requires_grad=True)
-    draws = relaxations.bernoulli(logits.repeat(1000), tau=0.1)
-    assert draws.reshape(1000, 4).mean(0).tolist() == [0, 0, 1, 1]
-    assert torch.autograd.grad(draws.sum(), logits)[0].isfinite().all()
-
-
-def test_choices_have_their_probabilities() -> None:
-    n = 100_000
-    p = torch.tensor([0.01, 0.3, 0.5, 0.9])
-    share = relaxations.bernoulli(torch.logit(p).expand(n, 4), tau=0.5).mean(0)
-    assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all()
-
-
-def test_temperature_of_a_choice_is_checked() -> None:
-    with pytest.raises(ValueError, match="tau must be a finite number above 0, got 0"):
-        relaxations.bernoulli(torch.zeros(2), tau=0)
+@pytest.mark.usefixtures("double_precision")
+@pytest.mark.parametrize("tau", [0.1, 2.0])
+def test_gradient_of_a_walk_is_that_of_its_relaxed_steps(tau: float) -> None:
+    """By hand, from the same uniform numbers."""
+    theta = torch.randn(5, requires_grad=True)
+    weights = torch.randn(5, 8)
+    torch.manual_seed(3)
+    (gradient,) = torch.autograd.grad((weights * random_walk(theta, 8, tau=tau)).sum(), theta)
+    torch.manual_seed(3)
+    soft = torch.sigmoid((theta.unsqueeze(-1) + torch.logit(torch.rand(5, 7))) / tau)
+    slope = 2 * soft * (1 - soft) / tau
+    expected = (weights[:, 1:] * slope.cumsum(-1)).sum(-1)
+    assert torch.allclose(gradient, expected, rtol=1e-10)

@@ -36,5 +36,13 @@ def check_replicates(name: str, x: Tensor, y: Tensor, least: int) -> int:
     )
 
 
+def as_replicates(name: str, x: Tensor, y: Tensor) -> Tensor:
+    """x as ``(B, m, *event)`` if it is that, or one run a draw, ``(B, *event)``; else raise."""
+    if x.shape == y.shape:
+        return x.unsqueeze(1)
+    check_replicates(name, x, y, 1)
+    return x
+
+
 def _is_replicated(x: Tensor, y: Tensor) -> bool:
     return x.dim() == y.dim() + 1 and x.shape[:1] + x.shape[2:] == y.shape

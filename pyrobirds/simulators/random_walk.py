@@ -22,12 +22,12 @@ def random_walk(theta: Tensor, n_timesteps: int, tau: float = 0.1) -> Tensor:
     The model is the one of the variational-inference tutorial of blackbirds (https://github.com/arnauqb/blackbirds).
 
     Args:
-        theta: log-odds of a step upwards, shape ``(B,)``.
+        theta: log-odds of a step upwards, shape ``(*batch,)``.
         n_timesteps: number of values of the walk, the first, 0, included.
         tau: temperature of the straight-through relaxation, above 0.
 
     Returns:
-        Walks of shape ``(B, n_timesteps)``, in steps.
+        Walks of shape ``(*batch, n_timesteps)``, in steps.
 
     Raises:
         TypeError, ValueError: ``n_timesteps`` is not a whole number of at least 1, or ``tau`` not a number above 0.
@@ -40,5 +40,6 @@ def random_walk(theta: Tensor, n_timesteps: int, tau: float = 0.1) -> Tensor:
         True
     """
     n_timesteps = _checks.positive_int("n_timesteps", n_timesteps)
-    steps = 2 * relaxations.bernoulli(theta.unsqueeze(-1).expand(*theta.shape, n_timesteps - 1), tau) - 1
+    logits = theta.unsqueeze(-1).expand(*theta.shape, n_timesteps - 1)
+    steps = 2 * relaxations.bernoulli(logits=logits, tau=tau) - 1
     return torch.nn.functional.pad(steps.cumsum(-1), (1, 0))
