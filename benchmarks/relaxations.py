@@ -86,7 +86,7 @@ def main() -> None:
     torch.manual_seed(0)
 
     print(f"forward and backward, float32, one thread; medians of {arguments.rounds} alternating rounds")
-    print(f"{'choice':<18}{'':<46}{'ns a choice':>12}{'ratio':>8}{'no gradient':>13}{'bytes kept':>12}")
+    print(f"{'choice':<21}{'':<46}{'ns a choice':>12}{'ratio':>8}{'no gradient':>13}{'bytes kept':>12}")
     for (problem, make), n in [
         (p, n) for p in (("0 or 1", two_classes), ("5 classes", five_classes)) for n in (10**3, 10**5)
     ]:
@@ -114,7 +114,7 @@ def main() -> None:
                 for times in (both, forward)
             )
             print(
-                f"{f'{n} of {problem}':<18}{name:<46}{1e9 * statistics.median(both[name][1:]):>12.1f}{ratio:>8.1f}"
+                f"{f'{n} of {problem}':<21}{name:<46}{1e9 * statistics.median(both[name][1:]):>12.1f}{ratio:>8.1f}"
                 f"{ratio_forward:>13.1f}{bytes_kept(argument, draw) / n:>12.0f}"
             )
 

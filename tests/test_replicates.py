@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pyro
 import pytest
 import torch
@@ -11,7 +14,7 @@ from pyro.optim import Adam
 from simulators_for_tests import Counted, drift, fails_above_one, model_of
 from torch import Tensor
 
-from pyrobirds import GeneralizedELBO, Simulator
+from pyrobirds import GeneralizedELBO, Simulator, losses
 from pyrobirds.simulators import repeated
 
 
@@ -206,3 +209,12 @@ def test_a_scalar_of_each_run() -> None:
     site = Simulator(lambda theta: theta + torch.randn(len(theta)), loss, event_dim=0, replicates=4)(torch.zeros(3))
     assert site.log_prob(torch.tensor(1.0)).shape == (3,)
     assert loss.x.shape == (3, 4)
+
+
+def test_the_site_says_the_settings_of_its_loss() -> None:
+    def made_of(loss: Any) -> str:
+        return Simulator(drift, loss, replicates=4)(torch.zeros(3)).made_of
+
+    assert made_of(losses.EnergyScore(beta=1.5)).startswith("Simulator(drift, EnergyScore(beta=1.5)")
+    assert made_of(partial(losses.mse, weights=torch.ones(5))).startswith("Simulator(drift, mse")
+    assert made_of(Seen()).startswith("Simulator(drift, Seen")

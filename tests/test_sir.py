@@ -110,7 +110,7 @@ def test_reed_frost_by_enumeration(gamma: float, complete: Graph) -> None:
     law = {key: p for key, p in law.items() if p > 0}
     got = sir(theta_of(f, beta, gamma, n_runs), complete, 4)
     pairs = torch.stack([got["infected"][:, -1], got["recovered"][:, -1]], -1).int().tolist()
-    observed = {key: 0 for key in law}
+    observed = dict.fromkeys(law, 0)
     for i, r in pairs:
         observed[i, r] += 1  # what has no probability is not among the keys
     rare = [key for key in law if n_runs * law[key] < 5]

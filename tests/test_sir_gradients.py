@@ -210,14 +210,14 @@ def test_gradients_are_finite_at_every_corner(dtype: torch.dtype, tau: float) ->
 
 
 def test_a_batch_of_parameters_is_no_case_for_vmap() -> None:
-    with pytest.raises(NotImplementedError, match="takes any batch of parameters, .* call it on the batch"):
+    with pytest.raises(NotImplementedError, match=r"takes any batch of parameters, .* call it on the batch"):
         torch.vmap(lambda theta: sir(theta, Graph.complete(N), 3)["infected"], randomness="same")(THETA)
 
 
 def test_second_derivatives_are_refused() -> None:
     theta = THETA[0].clone().requires_grad_()
     (grad,) = torch.autograd.grad(sir(theta, Graph.complete(N), 5)["infected"].sum(), theta, create_graph=True)
-    with pytest.raises(RuntimeError, match="sir has no second derivatives.*first derivatives only"):
+    with pytest.raises(RuntimeError, match=r"sir has no second derivatives.*first derivatives only"):
         grad.sum().backward()
 
 

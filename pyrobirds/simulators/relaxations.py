@@ -2,8 +2,8 @@
 
 In the forward pass a choice is exact in law: zeros and ones, from one uniform number each. In the backward pass and in
 forward-mode differentiation it is a smooth function of the same uniform number, with a temperature ``tau``: a
-straight-through gradient, biased, the less so the smaller ``tau``, and noisier. Each choice saves for its backward pass
-no more than its arguments; higher derivatives are those of the relaxed function, too.
+straight-through gradient, biased, the less so the smaller ``tau``, and noisier. A choice keeps for its backward pass
+no more than its argument and one number; the derivatives of its backward pass are those of the relaxed function, too.
 """
 
 from __future__ import annotations

@@ -440,7 +440,7 @@ class SimulatorSite(TorchDistribution):
     def made_of(self) -> str:
         """The simulator, its loss and those settings that are numbers or words: what a checkpoint is recognised by."""
         simulator = self.run.simulator
-        loss = "" if simulator.scores_inside else f", {_name(simulator.losses[self.output])}"
+        loss = "" if simulator.scores_inside else f", {_with_settings(simulator.losses[self.output])}"
         settings: dict[str, Any] = {
             name: value for name, value in simulator.settings.items() if isinstance(value, bool | int | float | str)
         }
@@ -520,6 +520,12 @@ def _mean_of_survivors(loss: Tensor, worked: Tensor) -> Tensor:
 
 def _name(fn: Any) -> str:
     return getattr(fn, "__name__", None) or getattr(getattr(fn, "func", None), "__name__", None) or type(fn).__name__
+
+
+def _with_settings(loss: Any) -> str:
+    """A loss with its settings, if it can say them; not where its ``repr`` would be an address."""
+    tells = not hasattr(loss, "__name__") and type(loss).__repr__ not in (object.__repr__, partial.__repr__)
+    return repr(loss) if tells else _name(loss)
 
 
 def _text(value: Tensor) -> str:
