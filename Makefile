@@ -25,11 +25,14 @@ test-arviz1: .venv/test.stamp .venv-arviz1/test.stamp  ## what needs no torch, o
 	$(BIN)/python tests/export_examples.py build/exports
 	MPLBACKEND=Agg PYROBIRDS_EXPORTS=build/exports .venv-arviz1/bin/python -m pytest --noconftest tests/without_torch
 
-bench: .venv/test.stamp  ## speed, and how near the optimum fits end
-	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
+bench: .venv-bench/bench.stamp  ## speed, memory, and how near the optimum fits end
+	set -e; for script in benchmarks/*.py; do .venv-bench/bin/python $$script; done
+
+bench-%: .venv-bench/bench.stamp  ## one of them, with - for _ in its name: make bench-against-blackbirds
+	.venv-bench/bin/python benchmarks/$(subst -,_,$*).py
 
 clean:
-	rm -rf .venv .venv-arviz1 build dist examples/output .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv .venv-arviz1 .venv-bench build dist examples/output .hypothesis .pytest_cache .ruff_cache
 	find pyrobirds tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/package.stamp: pyproject.toml constraints.txt
@@ -39,6 +42,13 @@ clean:
 
 .venv/test.stamp: .venv/package.stamp
 	$(INSTALL) ".[test]"
+	touch $@
+
+# blackbirds pins an old NumPy, and asks for a package that only one of its models needs: it comes without dependencies.
+.venv-bench/bench.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet -c constraints.txt -e ".[test]" torch-geometric
+	.venv-bench/bin/python -m pip install --quiet --no-deps blackbirds==1.3
 	touch $@
 
 .venv-arviz1/test.stamp: constraints.txt

@@ -20,7 +20,7 @@ CASES = [
     (1_000, 100, 100),
     (10_000, 1, 100),
     (10_000, 10, 100),
-    (10_000, 100, 100),
+    (10_000, 100, 10),
     (100_000, 1, 100),
     (100_000, 10, 100),
     (100_000, 100, 10),
@@ -102,10 +102,11 @@ def main() -> None:
         size = n_agents * n_particles * n_timesteps
         times = in_process(case, arguments.threads, memory=False)
         peak = in_process(case, arguments.threads, memory=True)["bytes"]
-        forward, backward = times["forward"], times["backward"]
+        seconds = times["forward"] + times["backward"]
+        forward, backward = 1e9 * times["forward"] / size, 1e9 * times["backward"] / size
         print(
-            f"{n_agents:>9,}{n_particles:>11}{n_timesteps:>7}{1e9 * forward / size:>12.1f}{1e9 * backward / size:>13.1f}"
-            f"{forward + backward:>9.3f}{peak / size:>8.2f}",
+            f"{n_agents:>9,}{n_particles:>11}{n_timesteps:>7}{forward:>12.1f}{backward:>13.1f}"
+            f"{seconds:>9.3f}{peak / size:>8.2f}",
             flush=True,
         )
 

@@ -11,4 +11,15 @@ from pyrobirds.simulators.rollout import rollout
 from pyrobirds.simulators.simulator import Simulator
 from pyrobirds.simulators.sir import sir
 
-__all__ = ["Graph", "Simulator", "brock_hommes", "normal", "rama_cont", "random_walk", "relaxations", "repeated", "rollout", "sir"]
+__all__ = [
+    "Graph",
+    "Simulator",
+    "brock_hommes",
+    "normal",
+    "rama_cont",
+    "random_walk",
+    "relaxations",
+    "repeated",
+    "rollout",
+    "sir",
+]

@@ -48,9 +48,10 @@ def rama_cont(
 
     Exact in law. The gradient takes each order for
     :math:`\operatorname{sigmoid}\frac{\epsilon - \nu}{\tau\sigma} - \operatorname{sigmoid}\frac{-\epsilon - \nu}
-    {\tau\sigma}` with :math:`\tau\sigma` held: a straight-through gradient, biased the less and noisier the smaller
-    ``tau``. News and thresholds meet on the scale of sigma, whatever the unit of the returns, and so does ``tau``. Who
-    adapts when depends on no parameter; ``s`` is a setting and has no gradient.
+    {\tau\sigma}` with :math:`\tau\sigma` held: a straight-through gradient and biased, too small in nu_loc and nu_scale
+    above all. Smaller ``tau`` is less biased, but thresholds feed back on returns: below about 0.5 the gradient of many
+    time steps explodes, and needs a ``gradient_horizon``. ``docs/reference_simulators.md`` has a table. Who adapts when
+    depends on no parameter; ``s`` is a setting and has no gradient.
 
     Sources: R. Cont (2007), Volatility clustering in financial markets: empirical facts and agent-based models, in Long
     Memory in Economics, 289-309, https://doi.org/10.1007/978-3-540-34625-8_10; F. Ghoulmie, R. Cont and J.-P. Nadal
@@ -66,7 +67,8 @@ def rama_cont(
         n_agents: N, the number of traders.
         s: see the table; a number.
         tau: temperature of the gradient in units of sigma, above 0.
-        gradient_horizon: how many time steps a gradient goes back, see :func:`pyrobirds.simulators.rollout`.
+        gradient_horizon: how many time steps a gradient goes back, see :func:`pyrobirds.simulators.rollout`; to the
+            first thresholds it goes from wherever they are still held.
         checkpoint_every: saves memory at the price of time, see :func:`pyrobirds.simulators.rollout`. Without it 5
             bytes are kept for each trader, time step and element of the batch (9 in double precision).
 
