@@ -27,7 +27,7 @@ OUTPUT = Path(__file__).resolve().parent / "output"
 IN_BED = torch.tensor([3.0, 8, 26, 76, 225, 298, 258, 233, 189, 128, 68, 29, 14, 4])  # boys, day by day
 NUM_BOYS = 763
 NUM_CONTACTS = 20
-W = 10  # weight of the divergence, in units of the loss: boys
+W = 4  # weight of the divergence, in units of the loss: boys
 STYLE = {
     "figure.figsize": (6.4, 4.0),
     "figure.dpi": 150,
@@ -40,7 +40,7 @@ UNITS = {
     "time": {"units": "days since the first"},
     "beta": {"long_name": "infection probability", "units": "per contact and day"},
     "gamma": {"long_name": "recovery probability", "units": "per day"},
-    "reproduction": {"long_name": "boys infected by the first", "units": "boys"},
+    "reproduction": {"long_name": "infections by the first boy"},
 }
 
 
@@ -63,7 +63,7 @@ def main():
         initial = pyro.sample("log10_initial_fraction", dist.Normal(-2.4, 0.3))
         log10_beta = pyro.sample("log10_beta", dist.Normal(-1.5, 0.3))
         log10_gamma = pyro.sample("log10_gamma", dist.Normal(-0.5, 0.3))
-        beta, gamma = 10**log10_beta, 10**log10_gamma
+        beta, gamma = (10**log10_beta).clamp(max=1), (10**log10_gamma).clamp(max=1)
         pyro.deterministic("beta", beta)
         pyro.deterministic("gamma", gamma)
         pyro.deterministic("reproduction", NUM_CONTACTS * beta / (beta + gamma - beta * gamma))

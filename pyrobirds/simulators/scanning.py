@@ -16,7 +16,8 @@ from unittest import mock
 import torch
 from torch._C._functorch import peek_interpreter_stack
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
-from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.scan import scan, scan_op
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes, get_hash_for_files
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -142,8 +143,41 @@ def _backend(graph: Any, example_inputs: Any, *, device: str) -> Any:
         # that purpose, donated_buffer, is looked at again in the backward pass, where it is not ours to change.
         mock.patch.object(graph_compile, "collect_bw_donated_buffer_idxs", return_value=[]),
     ):
-        # On a CPU most of the time would go into a loop in Python around the kernels of a step.
-        return inductor.compile_fx.compile_fx(graph, example_inputs, config_patches={"cpp_wrapper": device == "cpu"})
+        settings = {
+            "post_grad_custom_post_pass": (
+                *get_custom_graph_passes(inductor.config.post_grad_custom_post_pass),
+                _OwnMemory(),
+            ),
+            # On a CPU most of the time would go into a loop in Python around the kernels of a step.
+            "cpp_wrapper": device == "cpu",
+        }
+        return inductor.compile_fx.compile_fx(graph, example_inputs, config_patches=settings)
+
+
+class _OwnMemory(CustomGraphPass):
+    """A pass of the compiler that gives each tensor of a scan's next state memory of its own.
+
+    The compiler takes out copies that nobody seems to need, and with them those that kept two tensors of the state
+    apart: the program then crashes, or is not compiled. This runs after that, on forward and backward passes.
+    """
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        module = graph.owning_module
+        for call in graph.find_nodes(op="call_function", target=scan_op):
+            step, initial = call.args[:2]
+            inner = getattr(module, step.target)
+            output = inner.graph.output_node()
+            results = list(output.args[0])
+            with inner.graph.inserting_before(output):
+                for i in range(len(initial)):
+                    meta = results[i].meta
+                    results[i] = inner.graph.call_function(torch.ops.aten.clone.default, (results[i],))
+                    results[i].meta = meta.copy()
+            output.args = (tuple(results),)
+            inner.recompile()
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,))
 
 
 @functools.cache
