@@ -10,10 +10,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
+from pyro.ops.provenance import get_provenance, track_provenance
 from pyro.optim import Adam
-from simulators_for_tests import drift, fails_above_one, line
+from simulators_for_tests import drift, fails_above_one, line, model_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -379,3 +380,183 @@ def test_draws_are_differentiable_too() -> None:
     theta = torch.ones(3, requires_grad=True)
     x = Simulator(drift, losses.mse, differentiation="forward")(theta).rsample()
     assert torch.autograd.grad(x.sum(), theta)[0].tolist() == [5.0] * 3
+
+
+# Equal to reverse mode where simulators do unusual things.
+
+
+def of_theta(fn: Callable[..., Any], y: Tensor, **options: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """The log-probability and its gradient by mode, at the second of two calls."""
+    found = {}
+    for mode in ("forward", "reverse"):
+        simulator = Simulator(fn, losses.mse, differentiation=mode, **options)  # type: ignore[arg-type]
+        for _ in range(2):
+            pyro.set_rng_seed(0)
+            theta = torch.tensor([0.3, 0.4, 0.8], requires_grad=True)
+            value = simulator(theta).log_prob(y)
+            found[mode] = value.detach(), torch.autograd.grad(value.sum(), theta)[0]
+    return found
+
+
+def half_frozen(theta: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = theta.exp()
+    return line(theta * scale)
+
+
+def sampled(theta: Tensor) -> Tensor:
+    noise = torch.distributions.Exponential(theta.unsqueeze(-1).expand(len(theta), 4)).sample()
+    return noise + theta.unsqueeze(-1)
+
+
+def straight_through(theta: Tensor) -> Tensor:
+    soft = (theta.unsqueeze(-1) + torch.randn(len(theta), 4)).sigmoid()
+    with torch.no_grad():
+        correction = (soft > 0.5).float() - soft
+    return soft + correction
+
+
+def writes_to_its_parameter(theta: Tensor) -> Tensor:
+    return line(theta.exp_())
+
+
+def diverges_where_nothing_was_observed(theta: Tensor) -> Tensor:
+    x, xs = 0.2 + 0 * theta, []
+    for _ in range(400):
+        x = (3.9 + 0.01 * theta) * x * (1 - x)
+        xs.append(x)
+    return torch.stack(xs, 1)
+
+
+@pytest.mark.parametrize(
+    "fn", [half_frozen, sampled, straight_through, writes_to_its_parameter, diverges_where_nothing_was_observed]
+)
+def test_the_gradient_is_that_of_reverse_mode(fn: Callable[..., Any]) -> None:
+    y = torch.zeros(4)
+    if fn is diverges_where_nothing_was_observed:
+        y = torch.cat([torch.zeros(20), torch.full((380,), torch.nan)])
+    found = of_theta(fn, y)
+    for a, b in zip(found["forward"], found["reverse"], strict=True):
+        assert bool((b != 0).all())
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_other_outputs_than_tensors_pass_through() -> None:
+    def fn(theta: Tensor) -> dict[str, Any]:
+        return {"converged": True, "x": line(theta)}
+
+    simulator = Simulator(fn, {"x": losses.mse}, differentiation="forward")
+    theta = torch.ones(3, requires_grad=True)
+    value = simulator(theta)["x"].log_prob(torch.zeros(4))
+    assert torch.autograd.grad(value.sum(), theta)[0].tolist() == [-15.0] * 3
+
+
+def test_an_empty_batch() -> None:
+    simulator = Simulator(line, losses.mse, differentiation="forward")
+    theta = torch.zeros(0, requires_grad=True)
+    value = simulator(theta).log_prob(torch.zeros(4))
+    assert value.shape == (0,)
+    assert torch.autograd.grad(value.sum(), theta)[0].shape == (0,)
+
+
+def test_provenance_survives() -> None:
+    # Pyro tracks by it which latents a log-probability depends on.
+    theta = track_provenance(torch.ones(3, requires_grad=True), frozenset({"theta"}))
+    value = Simulator(line, losses.mse, differentiation="forward")(theta).log_prob(torch.zeros(4))
+    assert get_provenance(value) == {"theta"}
+
+
+def test_tracegraph_elbo_with_a_discrete_latent() -> None:
+    simulate = Simulator(drift, losses.mse, differentiation="forward")
+
+    def made(y: Tensor) -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        pyro.sample("x", simulate(theta + z), obs=y)
+
+    def guide(y: Tensor) -> None:
+        pyro.sample("z", dist.Bernoulli(pyro.param("p", torch.tensor(0.4))))
+        pyro.sample("theta", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    assert SVI(made, guide, Adam({"lr": 0.01}), TraceGraph_ELBO()).step(torch.zeros(5)) != 0
+    assert pyro.param("loc").item() != 0
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_nuts(batched: bool) -> None:
+    # The loss is exactly (theta - 1)^2 / 2 / w with w = 1/2: N(0.5, 0.5) against the prior N(0, 1) at w = 1.
+    def half_square(x: Tensor, y: Tensor) -> Tensor:
+        return (x - y).square().mean(1) / 2
+
+    fn = (lambda theta: theta.unsqueeze(-1).expand(-1, 4) + 0.0) if batched else (lambda theta: theta.expand(4) + 0.0)
+    simulate = Simulator(fn, half_square, batched=batched, differentiation="forward")
+    mcmc = MCMC(NUTS(model_of(simulate)), num_samples=400, warmup_steps=100, disable_progbar=True)
+    mcmc.run(torch.ones(4))
+    theta = mcmc.get_samples()["theta"]
+    # About 150 effective draws of sd 0.71: five standard errors.
+    assert theta.mean().item() == pytest.approx(0.5, abs=0.29)
+    assert theta.std().item() == pytest.approx(0.5**0.5, abs=0.2)
+
+
+# What else it refuses.
+
+
+def second_direction_differs(own: torch.Generator) -> Callable[..., Tensor]:
+    def fn(a: Tensor, b: Tensor) -> Tensor:
+        noise = torch.randn(len(a), 4, generator=own)
+        return NoVmap.apply((a + b).unsqueeze(-1) * noise)
+
+    return fn
+
+
+def test_a_generator_of_its_own_is_found_when_it_matters_first() -> None:
+    simulator = Simulator(
+        second_direction_differs(torch.Generator().manual_seed(0)), losses.mse, differentiation="forward"
+    )
+    a, b = torch.ones(3, requires_grad=True), torch.ones(3)
+    with pytest.warns(RuntimeWarning, match="runs once for each of its parameters"):
+        simulator(a, b).log_prob(torch.zeros(4))
+    with pytest.raises(NotForwardDifferentiable, match="two runs of fn"):
+        simulator(a, b.requires_grad_()).log_prob(torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda theta: line(theta.roll(1)),
+        lambda theta: line(theta - theta.mean()) + theta.unsqueeze(-1) ** 2,
+    ],
+    ids=["rolled", "centred"],
+)
+def test_a_function_that_mixes_draws_is_refused(fn: Callable[..., Tensor]) -> None:
+    theta = torch.ones(3, requires_grad=True)
+    simulator = Simulator(fn, losses.mse, differentiation="forward")
+    with pytest.raises(ValueError, match="<lambda> mixes up the draws of a batch"):
+        simulator(theta).log_prob(torch.zeros(4))
+    inside = Simulator.from_loss(lambda theta, y: losses.mse(fn(theta), y), differentiation="forward")
+    with pytest.raises(ValueError, match="<lambda> mixes up the draws of a batch"):
+        inside(theta).log_prob(torch.zeros(4))
+
+
+def test_a_module_that_gets_gradients_later_is_refused_then() -> None:
+    layer = torch.nn.Linear(1, 4).requires_grad_(False)
+    simulator = Simulator(lambda theta: layer(theta.unsqueeze(-1)), losses.mse, differentiation="forward")
+    theta = torch.zeros(3, requires_grad=True)
+    simulator(theta).log_prob(torch.zeros(4))
+    layer.requires_grad_(True)
+    with pytest.raises(ValueError, match="depends on tensors with a gradient that are not among its parameters"):
+        simulator(theta).log_prob(torch.zeros(4))
+
+
+def test_a_broken_graph_is_found_after_a_draw() -> None:
+    simulator = Simulator(lambda theta: line(theta.detach()), losses.mse, differentiation="forward")
+    theta = torch.ones(3, requires_grad=True)
+    simulator(theta).rsample()
+    with pytest.raises(ValueError, match="does not depend differentiably on 'theta'"):
+        simulator(theta).log_prob(torch.zeros(4))
+
+
+def test_complex_outputs_are_refused() -> None:
+    simulator = Simulator(lambda theta: line(theta) * 1j, losses.mse, differentiation="forward")
+    with pytest.raises(NotForwardDifferentiable, match="what it returns is complex; return real and imaginary parts"):
+        simulator(torch.ones(3, requires_grad=True)).log_prob(torch.zeros(4))

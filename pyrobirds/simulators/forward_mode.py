@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyrobirds._rng import forked_rng, generators, set_generators
-from pyrobirds.simulators.unbatched import Raised
+from pyrobirds.simulators.unbatched import Raised, Unbatched
 
 Fn = Callable[..., tuple[Any, Raised | None]]
 Pushed = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
-class NotForwardDifferentiable(RuntimeError):
-    """A function works, but not in forward mode."""
+class NotForwardDifferentiable(ValueError):
+    """A function works, but not in forward mode; this is never taken for a failed run."""
 
 
 class ForwardMode:
@@ -41,41 +43,75 @@ class ForwardMode:
         self._fn = fn
         self._name = name
         self._checked = False
+        self._draws_checked = False
+        self._replays = False  # whether runs from the same state of the generators were seen to be equal
+        self._is_independent = False
         self._one_by_one = False
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> tuple[Any, Raised | None]:
         """Call the function; the results have a gradient with respect to the arguments, and no graph behind it."""
         tensors = [*args, *kwargs.values()]
+        # What any operation of torch does for subclasses of tensors, such as those by which Pyro tracks provenance.
+        if has_torch_function(tensors):
+            return handle_torch_function(self.__call__, tensors, *args, **kwargs)
         tracked = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
-        if not tracked or not torch.is_grad_enabled():
+        if not tracked or not torch.is_grad_enabled() or self._is_independent:
             return self._fn(*args, **kwargs)
 
         def at(*primals: Tensor) -> tuple[Any, Raised | None]:
             inputs = [tensor.detach() for tensor in tensors]
             for i, primal in zip(tracked, primals, strict=True):
                 inputs[i] = primal
-            return self._fn(*inputs[: len(args)], **dict(zip(kwargs, inputs[len(args) :], strict=True)))
+            copies = [tensor.clone() for tensor in inputs]  # a function may write to its parameters
+            return self._fn(*copies[: len(args)], **dict(zip(kwargs, copies[len(args) :], strict=True)))
 
         inputs = [tensors[i] for i in tracked]
         primals = [tensor.detach() for tensor in inputs]
-        if not self._checked:
-            self._check_other_gradients(at, primals)
-        with torch.no_grad(), nullcontext() if self._checked else _quiet_imports():
+        with nullcontext() if self._checked else _quiet_imports():
+            if isinstance(self._fn, Unbatched):
+                self._try_without_tangents(at, primals)
+            else:
+                self._check_draws_apart(at, primals)
             traced = self._differentiate(at, primals)
         if traced is None:
             return at(*primals)
+        self._check_other_gradients(traced.results)
         if not self._checked:
             self._checked = True
             if not any(bool(jacobian.any()) for jacobian in traced.jacobians) and _is_independent(at, primals):
+                self._is_independent = True
                 return traced.result()  # without a gradient, which is what a caller looks for
         return traced.with_gradient(inputs)
 
-    def _check_other_gradients(self, at: Fn, primals: list[Tensor]) -> None:
-        """Raise if the function depends on tensors with a gradient that are not among its arguments."""
+    def _try_without_tangents(self, at: Fn, primals: list[Tensor]) -> None:
+        """Let a function of one draw decide at first by plain numbers whether vmap takes it."""
+        if not self._checked:
+            with forked_rng():
+                at(*primals)
+
+    def _check_draws_apart(self, at: Fn, primals: list[Tensor]) -> None:
+        """Raise if other draws change with the parameters of the first, in the first batch of several draws."""
+        if self._draws_checked or len(primals[0]) < 2:
+            return
+        tangents = tuple(torch.zeros_like(primal) for primal in primals)
+        for tangent in tangents:
+            tangent[0] = 1
         with forked_rng():
-            result, _ = at(*primals)
-        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(result)):
-            raise ValueError(
+            try:
+                pushed, _, _ = _push(at, primals, tangents, _Shape())
+            except Exception:  # said by the passes that follow
+                return
+        if any(bool(tangent[1:].nan_to_num().any()) for tangent in pushed if len(tangent) == len(primals[0])):
+            raise NotForwardDifferentiable(
+                f"{self._name} mixes up the draws of a batch: others depend on the parameters of draw 0. The batch is "
+                "the FIRST dimension of parameters and results; reduce over the others only"
+            )
+        self._draws_checked = True
+
+    def _check_other_gradients(self, results: list[Any]) -> None:
+        """Raise if the function depends on tensors with a gradient that are not among its arguments."""
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in results):
+            raise NotForwardDifferentiable(
                 f"{self._name} depends on tensors with a gradient that are not among its parameters (a module's, say), "
                 "which differentiation='forward' would lose: pass them as parameters, or take differentiation='reverse'"
             )
@@ -90,7 +126,7 @@ class ForwardMode:
                 reason = f"{type(error).__name__}: {error}"
             set_generators(states)
         try:
-            traced, equal = _one_by_one(at, primals, compare=not self._checked)
+            traced, equal = _one_by_one(at, primals, compare=not self._replays)
         except Exception as error:
             set_generators(states)
             with forked_rng():
@@ -98,15 +134,16 @@ class ForwardMode:
             if raised is not None and len(raised.draws) == len(primals[0]):
                 return None
             raise NotForwardDifferentiable(
-                f"{self._name} cannot be differentiated in forward mode ({type(error).__name__}: {error}). Give "
-                "your own autograd nodes a jvp (torch.autograd.Function), or take differentiation='reverse'"
+                f"{self._name} cannot be differentiated in forward mode ({type(error).__name__}: {error}). Take "
+                "differentiation='reverse', or, if this is about an autograd node of your own, give it a jvp"
             ) from error
-        if not equal:
+        if equal is False:
             raise NotForwardDifferentiable(
                 f"two runs of {self._name} from the same state of torch's, NumPy's and Python's generators differ, so "
                 "that forward mode cannot take one parameter after another. Draw random numbers from these generators, "
                 f"or make torch.vmap take the function ({reason}), or take differentiation='reverse'"
             )
+        self._replays = self._replays or equal is True
         if reason:
             self._one_by_one = True
             warnings.warn(
@@ -126,21 +163,34 @@ def _quiet_imports() -> Iterator[None]:
         yield
 
 
+class _FollowGradMode(TorchFunctionMode):
+    """Makes ``torch.no_grad()`` stop tangents too, so that both modes of differentiation have the same gradient."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        with forward_ad._set_fwd_grad_enabled(False):
+            return func(*args, **(kwargs or {}))
+
+
 class _Traced:
     """The results of a call, and the Jacobians of those that are floating-point tensors."""
 
     def __init__(self, shape: _Shape, results: list[Tensor], others: list[Tensor], jacobians: list[Tensor]) -> None:
         self._shape = shape
-        self._results = results
+        self.results = results
         self._others = others
         self.jacobians = jacobians  # (number of entries of theta, B, *event)
 
     def result(self) -> tuple[Any, Raised | None]:
-        return self._shape.join(self._results, self._others)
+        return self._shape.join(self.results, self._others)
 
     def with_gradient(self, inputs: list[Tensor]) -> tuple[Any, Raised | None]:
-        results = _Linearised.apply(self.jacobians, self._results, *inputs)
+        results = _Linearised.apply(self.jacobians, self.results, *inputs)
         return self._shape.join([*results], self._others)
+
+
+_RESULT, _OTHER = object(), object()  # the places of floating-point tensors and of other ones
 
 
 class _Shape:
@@ -155,59 +205,77 @@ class _Shape:
         """The floating-point tensors of the result, and its other ones."""
         result, self._raised = called
         leaves, self._spec = tree_flatten(result)
-        kinds = [leaf.is_floating_point() if isinstance(leaf, Tensor) else None for leaf in leaves]
-        self._leaves = [leaf if kind is None else kind for leaf, kind in zip(leaves, kinds, strict=True)]
-        results = [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind is True]
-        others = [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind is False]
-        return results, others
+        tensors = {_RESULT: [], _OTHER: []}
+        self._leaves = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                if leaf.is_complex():
+                    raise TypeError("what it returns is complex; return real and imaginary parts")
+                place = _RESULT if leaf.is_floating_point() else _OTHER
+                tensors[place].append(leaf)
+                self._leaves.append(place)
+            else:
+                self._leaves.append(leaf)
+        return tensors[_RESULT], tensors[_OTHER]
 
     def join(self, results: list[Tensor], others: list[Tensor]) -> tuple[Any, Raised | None]:
-        tensors = {True: iter(results), False: iter(others)}
-        leaves = [next(tensors[leaf]) if isinstance(leaf, bool) else leaf for leaf in self._leaves]
+        tensors = {_RESULT: iter(results), _OTHER: iter(others)}
+        leaves = [next(tensors[leaf]) if leaf is _RESULT or leaf is _OTHER else leaf for leaf in self._leaves]
         return tree_unflatten(leaves, self._spec), self._raised
 
 
-def _push(at: Fn, primals: list[Tensor], direction: Tensor, shape: _Shape) -> Pushed:
-    """The tangents of the results along one direction of theta, the same for all draws; the results; the others."""
-    sizes = [primal[0].numel() for primal in primals]
-    tangents = tuple(
-        part.reshape(primal.shape[1:]).to(primal).expand_as(primal)
-        for part, primal in zip(direction.split(sizes), primals, strict=True)
-    )
-    jvp: Any = torch.func.jvp(lambda *theta: shape.split(at(*theta)), tuple(primals), tangents, has_aux=True)
+def _push(at: Fn, primals: list[Tensor], tangents: tuple[Tensor, ...], shape: _Shape) -> Pushed:
+    """The tangents of the results; the results; and what else the function returned."""
+    # With gradients enabled, although nothing has one, for what switches them off to be seen.
+    with torch.enable_grad(), _FollowGradMode():
+        jvp: Any = torch.func.jvp(lambda *theta: shape.split(at(*theta)), tuple(primals), tangents, has_aux=True)
     results, pushed, others = jvp
     return pushed, results, others
 
 
+def _along(direction: Tensor, primals: list[Tensor]) -> tuple[Tensor, ...]:
+    """A direction of theta as tangents, the same for all draws."""
+    sizes = [primal.shape[1:].numel() for primal in primals]
+    return tuple(
+        part.reshape(primal.shape[1:]).to(primal).expand_as(primal)
+        for part, primal in zip(direction.split(sizes), primals, strict=True)
+    )
+
+
 def _directions(primals: list[Tensor]) -> Tensor:
     """The entries of theta one by one, as rows."""
-    return torch.eye(sum(primal[0].numel() for primal in primals), dtype=primals[0].dtype, device=primals[0].device)
+    return torch.eye(
+        sum(primal.shape[1:].numel() for primal in primals), dtype=primals[0].dtype, device=primals[0].device
+    )
 
 
 def _together(at: Fn, primals: list[Tensor]) -> _Traced:
     """All directions in one pass, in which the tangents alone are batched."""
     shape = _Shape()
     out_dims: Any = (0, None, None)
-    push = torch.vmap(lambda one: _push(at, primals, one, shape), out_dims=out_dims, randomness="same")
+    push = torch.vmap(lambda one: _push(at, primals, _along(one, primals), shape), out_dims=out_dims, randomness="same")
     pushed: Any = push(_directions(primals))
     jacobians, results, others = pushed
     return _Traced(shape, results, others, jacobians)
 
 
-def _one_by_one(at: Fn, primals: list[Tensor], *, compare: bool) -> tuple[_Traced, bool]:
+def _one_by_one(at: Fn, primals: list[Tensor], *, compare: bool) -> tuple[_Traced, bool | None]:
     """One direction after another, on the same random numbers; and whether all passes had the same results."""
-    states, shape, equal = generators(), _Shape(), True
+    states, shape = generators(), _Shape()
+    equal: bool | None = None
     columns, results, others = [], [], []
     for direction in _directions(primals):
         set_generators(states)
-        pushed, again, others = _push(at, primals, direction, shape)
+        pushed, again, others = _push(at, primals, _along(direction, primals), shape)
         if columns and compare:
-            equal = equal and all(
-                torch.allclose(a, b, 0, 0, equal_nan=True) for a, b in zip(results, again, strict=True)
-            )
+            equal = equal is not False and all(map(_equal, results, again))
         columns.append(pushed)
         results = again
     return _Traced(shape, results, others, [torch.stack(column) for column in zip(*columns, strict=True)]), equal
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, 0, 0, equal_nan=True)
 
 
 def _is_independent(at: Fn, primals: list[Tensor]) -> bool:
@@ -217,7 +285,7 @@ def _is_independent(at: Fn, primals: list[Tensor]) -> bool:
         results, _ = _Shape().split(at(*theta))
         return torch.stack([result.sum().to(theta[0].dtype) for result in results]).sum()
 
-    with forked_rng(), torch.no_grad():
+    with forked_rng(), _FollowGradMode():
         try:
             torch.func.jvp(total, tuple(primals), tuple(map(torch.ones_like, primals)), strict=True)
         except RuntimeError as error:
@@ -238,11 +306,13 @@ class _Linearised(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # type: ignore[override]
-        by_entry = [
-            (gradient * jacobian).flatten(2).sum(2) if gradient.dim() > 1 else gradient * jacobian
+        # A derivative that overflowed is of no matter where the loss does not look: zero times infinity is zero here.
+        products = [
+            torch.where(gradient == 0, 0, gradient * jacobian)
             for gradient, jacobian in zip(gradients, ctx.saved_tensors, strict=True)
             if gradient is not None
         ]
+        by_entry = [product.flatten(2).sum(2) if product.dim() > 2 else product for product in products]
         if not by_entry:
             return (None, None, *(None for _ in ctx.shapes))
         total = torch.stack(by_entry).sum(0).T  # (B, number of entries of theta)
