@@ -337,3 +337,45 @@ def test_a_step_that_writes_into_the_state_is_found_out() -> None:
     assert rollout(lambda x, t: x.clone().add_(1), torch.zeros(2), 3).tolist() == [[1.0, 2.0, 3.0]] * 2
     with torch.inference_mode():
         assert rollout(lambda x, t: x + 1, torch.zeros(2), 3).tolist() == [[1.0, 2.0, 3.0]] * 2
+
+
+def updates_its_container(state: dict[str, Tensor], p: Tensor) -> dict[str, Tensor]:
+    state["x"] = state["x"] + (p * state["x"]).sin()
+    return state
+
+
+@pytest.mark.parametrize("k", [None, 1, 2, 3, 6])
+def test_a_step_may_write_to_the_container_of_the_state(k: int | None) -> None:
+    p = torch.tensor(0.5, requires_grad=True)
+    initial = {"x": torch.ones(1)}
+    x = rollout(
+        lambda state, t: updates_its_container(state, p),
+        initial,
+        6,
+        observe=lambda state: state["x"] * 1.0,
+        checkpoint_every=k,
+    )
+    assert initial["x"].item() == 1
+    by_hand = torch.ones(1)
+    for _ in range(6):
+        by_hand = by_hand + (p * by_hand).sin()
+    torch.testing.assert_close(torch.autograd.grad(x[0, -1], p), torch.autograd.grad(by_hand.sum(), p))
+
+
+def test_a_dtype_that_changes_in_the_same_container_is_refused() -> None:
+    def step(state: dict[str, Tensor], t: int) -> dict[str, Tensor]:
+        state["n"] = state["n"] * 0.5
+        return state
+
+    with pytest.raises(ValueError, match=r"the state\['n'\] was \(1,\) of torch.int64 on cpu and is"):
+        rollout(step, {"n": torch.ones(1, dtype=torch.long)}, 3)
+
+
+def test_writing_into_the_state_is_seen_inside_of_vmap_and_harmless_in_inference_mode() -> None:
+    def one(x: Tensor) -> Tensor:
+        return rollout(lambda x, t: x.add_(1), x.clone(), 3, time_dim=-1)
+
+    with pytest.raises(ValueError, match="a tensor of the history was written to by a later step"):
+        torch.vmap(one)(torch.zeros(2))
+    with torch.inference_mode():
+        assert one(torch.zeros(2)).tolist() == [[1, 2, 3]] * 2

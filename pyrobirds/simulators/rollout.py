@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._C._functorch import (
+    TransformType,
+    get_interpreter_stack,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+)
 from torch.utils._pytree import keystr as path_text
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
@@ -141,17 +146,25 @@ def _run(
     gradient_horizon: int | None,
     see: Callable[[Any], None],
 ) -> Any:
+    # Containers of its own, for a step may write to them: the caller's stay as they are, and so does the state from
+    # which a segment runs a second time.
+    state = _copied(state)
     for t in ts:
         if gradient_horizon is not None and t % gradient_horizon == 0:
             state = tree_map(lambda leaf: leaf.detach(), state)
         if t == 0:
-            before, state = state, step(state, t, *at(t))
+            before, state = _copied(state), step(state, t, *at(t))
             _check_same("the state", before, state, "step 0", "the step must return a state like the one it got")
             del before
         else:
             state = step(state, t, *at(t))
         see(state)
     return state
+
+
+def _copied(state: Any) -> Any:
+    """The same tensors in new containers."""
+    return tree_map(lambda leaf: leaf, state)
 
 
 class _History:
@@ -179,8 +192,9 @@ class _History:
         for leaf, series, versions in zip(leaves, self._series, self._versions, strict=True):
             if series and not _alike(leaf, series[0]):
                 self._refuse(observed)
-            if leaf._base is not None and leaf._base.numel() > leaf.numel():
-                leaf = leaf.clone()  # a view would keep the whole state
+            # A view would keep the whole state, and of inference tensors nobody counts how often they are written to.
+            if leaf.is_inference() or (leaf._base is not None and leaf._base.numel() > leaf.numel()):
+                leaf = leaf.clone()
             series.append(leaf)
             versions.append(_version(leaf))
 
@@ -202,7 +216,11 @@ class _History:
 
 def _version(x: Tensor) -> int:
     """How often the tensor was written to, where torch counts it."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+    if torch.compiler.is_compiling() or x.is_inference():
+        return 0
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
+    return x._version
 
 
 def _time_dim_error(time_dim: int, x: Tensor) -> str:
