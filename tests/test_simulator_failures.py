@@ -24,7 +24,7 @@ from simulators_for_tests import fails_above_one, line, model_of, raises_above_o
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyrobirds import Simulator, losses
+from pyrobirds import GeneralizedELBO, Simulator, losses
 
 T = 4
 Y = torch.linspace(-1.0, 1.0, T)
@@ -714,3 +714,16 @@ def test_nothing_is_looked_at_after_the_first_checks(how: str) -> None:
     theta = THETA.flip(0).requires_grad_()
     for ours, theirs in zip(traced(theta), step(theta), strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_the_message_tells_a_loss_that_is_not_finite_from_a_run_that_is_not() -> None:
+    def one_over_zero(x: Tensor, y: Tensor) -> Tensor:
+        return (x - y).square().mean(1) / 0
+
+    model = model_of(Simulator(line, one_over_zero))
+    svi = SVI(model, AutoNormal(model), Adam({"lr": 0.01}), GeneralizedELBO(on_failure="raise"))
+    with pytest.raises(RuntimeError, match="with 'the loss one_over_zero not finite where x is'"):
+        svi.step(torch.zeros(4))
+    site = Simulator(fails_above_one, losses.mse)(torch.tensor([2.0]))
+    site.log_prob(torch.zeros(4))
+    assert site.cause == ""

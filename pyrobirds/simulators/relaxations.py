@@ -309,9 +309,10 @@ def _apply(node: type[torch.autograd.Function], dual: type[torch.autograd.Functi
 
 def _uniform(u: Tensor | None, like: Tensor) -> Tensor:
     """The given uniform numbers, checked against the tensor that they are for, or fresh ones."""
+    # Zero stands for a cell of the grid of uniform numbers, and becomes its middle.
+    least = torch.finfo(like.dtype).eps / 4
     if u is None:
-        # Zero stands for a cell of the grid of uniform numbers, and becomes its middle.
-        return torch.rand_like(like).clamp(min=torch.finfo(like.dtype).eps / 4)
+        return torch.rand_like(like).clamp(min=least)
     if not isinstance(u, Tensor):
         raise TypeError(f"u must be a tensor of uniform numbers in [0, 1), or None, got a {type(u).__name__}")
     if (u.shape, u.dtype, u.device) != (like.shape, like.dtype, like.device):
@@ -319,7 +320,7 @@ def _uniform(u: Tensor | None, like: Tensor) -> Tensor:
             f"u must have one number a choice, shape {shape_text(like.shape)}, {like.dtype} on {like.device}, got "
             f"shape {shape_text(u.shape)}, {u.dtype} on {u.device}: nothing is broadcast or cast"
         )
-    return u
+    return u.detach().clamp(min=least)
 
 
 def _floats(name: str, value: Any) -> Tensor:

@@ -214,7 +214,8 @@ class Simulator:
             value = loss(torch.where(contract.like(worked, x), x, 0), y)  # it need not know what to do with NaN
         value = contract.check_loss(what, value, batch_shape.numel(), remedy)
         finite = value.detach().isfinite()
-        worked = finite if worked is None else finite & worked.to(value.device)
+        simulated = torch.ones_like(finite) if worked is None else worked.to(value.device)
+        worked = simulated & finite
         if self.scores_inside:
             self._kinds = {output: _kind(value)}
         if inputs := called.inputs:
@@ -222,7 +223,7 @@ class Simulator:
                 self._once("gradient", lambda: contract.check_gradient(what, [value], inputs))
             several = len(value) > 1
             self._once(("draws", output, several), lambda: contract.check_loss_gradient(what, value, worked, inputs))
-        return Score(torch.where(worked, value, torch.nan), worked, called.backward)
+        return Score(torch.where(worked, value, torch.nan), worked, simulated & ~finite, called.backward)
 
     def _call(self, run: Run, batch_shape: torch.Size, y: Tensor | None = None, *, scored: bool) -> Called:
         """Call the function once for a whole batch; what it raises is a failure, unless it never worked."""
@@ -321,6 +322,7 @@ class Score(NamedTuple):
 
     loss: Tensor  # (B,), NaN where the run failed
     worked: Tensor  # (B,)
+    loss_failed: Tensor  # (B,), where the loss is not finite although the run was
     backward: contract.Backward
 
 
@@ -405,6 +407,7 @@ class SimulatorSite(TorchDistribution):
         self.output = output
         self._drawn: Tensor | None = None
         self._scored: tuple[Tensor, contract.Backward] | None = None  # which runs worked, (m, *batch)
+        self._loss_failed: Tensor | None = None
         super().__init__(batch_shape, validate_args=False)
 
     @property
@@ -433,8 +436,12 @@ class SimulatorSite(TorchDistribution):
 
     @property
     def cause(self) -> str:
-        """The exception that made runs of the simulator's last call fail, in words; empty if it raised none."""
-        return self.run.simulator.last_exception
+        """What made runs of the last call fail, if it is known: an exception, or a loss that is not finite by itself."""
+        simulator = self.run.simulator
+        if simulator.last_exception or self._loss_failed is None or not bool(self._loss_failed.any()):
+            return simulator.last_exception
+        name = simulator.name if simulator.scores_inside else _name(simulator.losses[self.output])
+        return f"the loss {name} not finite where x is"
 
     @property
     def made_of(self) -> str:
@@ -477,6 +484,7 @@ class SimulatorSite(TorchDistribution):
         score = self.run.simulator.score(self.run, self.output, runs, value)
         worked = score.worked.reshape(self.run.repeats.numel(), *self.batch_shape)
         self._scored = worked, score.backward
+        self._loss_failed = score.loss_failed
         loss = score.loss.reshape(runs)
         return -(_mean_of_survivors(loss, worked) if self.run.repeats else loss)
 
