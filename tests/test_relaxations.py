@@ -465,15 +465,15 @@ def test_gradients_are_finite_for_a_given_u_of_zero() -> None:
     u = torch.zeros(())
     for probs in ([0.0, 0.0, 1.0], [1e-8, 1e-8, 1.0]):
         p = torch.tensor(probs, requires_grad=True)
-        (gradient,) = torch.autograd.grad(relaxations.categorical(p, tau=1.0, u=u)[2], p)
+        (gradient,) = torch.autograd.grad(categorical(p, tau=1.0, u=u)[2], p)
         assert bool(gradient.isfinite().all())
     logits = torch.tensor([1e30, -1e30, 3e38], requires_grad=True)
-    (gradient,) = torch.autograd.grad(relaxations.categorical(logits=logits, tau=1.0, u=u)[0], logits)
+    (gradient,) = torch.autograd.grad(categorical(logits=logits, tau=1.0, u=u)[0], logits)
     assert bool(gradient.isfinite().all())
 
 
 def test_uniform_numbers_have_no_gradient() -> None:
     u = torch.full((3,), 0.5, requires_grad=True)
     logits = torch.ones(3, requires_grad=True)
-    draws = relaxations.bernoulli(logits=logits, tau=0.5, u=u)
+    draws = bernoulli(logits=logits, tau=0.5, u=u)
     assert torch.autograd.grad(draws.sum(), u, allow_unused=True) == (None,)
