@@ -48,7 +48,7 @@ def main():
     pyro.set_rng_seed(0)
     OUTPUT.mkdir(exist_ok=True)
     school = Graph(networkx.random_regular_graph(NUM_CONTACTS, NUM_BOYS, seed=0))
-    # The loss compares the data with the distribution of five runs, day by day, so that it rewards the right spread too.
+    # The loss compares the data with the distribution of five runs, day by day: the right spread is rewarded, too.
     epidemic = Simulator(
         sir,
         loss={"infected": losses.CRPS()},
@@ -73,21 +73,20 @@ def main():
     guide = AutoMultivariateNormal(model, init_scale=0.1)
     svi = SVI(model, guide, Adam({"lr": 0.02}), loss=GeneralizedELBO(w=W))
     result = fit(svi, IN_BED, num_steps=200)
-    report(result, guide)
+    first, last = result.window
+    print(f"{result.num_steps} steps: {result.stop_reason.value}; averaged over the steps {first} to {last}")
 
     data = to_inference_data(model, guide, IN_BED, fit=result, attrs=UNITS)
     print(az.summary(data, kind="stats").to_string())
     print(diagnostics.predictive_check(data)[["observed", "mean", "q05", "q95", "p_upper"]].round(2).to_string())
+    low, high = data.posterior_predictive["infected"].quantile([0.05, 0.95], ("chain", "draw")).to_numpy()
+    inside = ((low <= IN_BED.numpy()) & (IN_BED.numpy() <= high)).sum()
+    print(f"The data lie on {inside} of {len(IN_BED)} days inside of the central 90% of epidemics from the posterior.")
     with plt.rc_context(STYLE):
         save(plots.predictive(data)[0], "influenza_predictive.png", "Boys in bed, and epidemics from the posterior")
         names = ["beta", "gamma", "reproduction"]
         save(plots.prior_posterior(data, names)[0], "influenza_posterior.png")
         save(plots.losses(data), "influenza_losses.png", "The objective while fitting")
-
-
-def report(result, guide):
-    first, last = result.window
-    print(f"{result.num_steps} steps: {result.stop_reason.value}; averaged over the steps {first} to {last}")
 
 
 def save(ax, name, title=None):
