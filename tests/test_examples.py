@@ -31,3 +31,12 @@ def test_influenza(capsys: pytest.CaptureFixture[str]) -> None:
     inside = re.search(r"(\d+) of 14 days inside", out)
     assert inside is not None
     assert int(inside[1]) >= 10
+
+
+def test_brock_hommes(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run("brock_hommes.py", capsys, num_pictures=6)
+    rows = re.findall(r"^    [gb][23] +(\S+) +(\S+) +(\S+) +\[", out, re.MULTILINE)
+    assert len(rows) == 4
+    # Four standard deviations of the posterior: one of the four beyond that would be rare.
+    assert all(abs(float(mean) - float(true)) < 4 * float(sd) for true, mean, sd in rows)
+    assert "does not reproduce (two-sided p < 0.02): skewness, excess_kurtosis" in out
