@@ -61,6 +61,38 @@ def test_values_and_gradients_are_those_of_the_eager_loop() -> None:
             torch.testing.assert_close(compiled, eager)
 
 
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_a_state_whose_tensors_share_memory(with_gradients: bool) -> None:
+    """The same tensor twice, and views of it, in the new state and in the gradients by the old, transposed one."""
+
+    def step(state: tuple[Tensor, ...], t: Any, eps: Tensor) -> tuple[Tensor, ...]:
+        x, same, stacked, rows = state
+        x = torch.tanh(x + same * theta + stacked[0] + rows.view(B, 2)) + eps[0]
+        return x, x, torch.stack([x]), x.reshape(1, 2 * B)
+
+    theta, noise = torch.rand(B, 1), torch.randn(T, 1, B, 1)
+    tensors = [theta, torch.rand(2, B).mT, *(torch.rand(shape) for shape in ((B, 2), (1, B, 2), (1, 2 * B)))]
+    found = []
+    with torch.set_grad_enabled(with_gradients):
+        for compile in (False, True):
+            leaves = [tensor.clone().requires_grad_(with_gradients) for tensor in tensors]
+            theta, *state = leaves
+            settings: dict[str, Any] = {"observe": lambda state: state[2], "time_dim": 0, "compile": compile}
+            history = rollout(step, tuple(state), T, inputs=noise, **settings)
+            gradients = torch.autograd.grad(history.square().sum(), leaves) if with_gradients else ()
+            found.append((history, *gradients))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+def test_one_step_with_gradients() -> None:
+    """What it saves for the backward pass needs no reversal, and may be written into."""
+    theta = torch.rand(B, requires_grad=True)
+    x = rollout(lambda x, t: (torch.tanh(theta * x[0]), x[1] + 1), (torch.ones(B), torch.zeros(B)), 1, compile=True)
+    (gradient,) = torch.autograd.grad(x[0].sum(), theta)
+    torch.testing.assert_close(gradient, 1 - torch.tanh(theta.detach()) ** 2)
+
+
 def walk(theta: Tensor, **options: Any) -> Tensor:
     """Sums of theta times standard normal numbers: the derivative of a path by theta is the path over theta."""
 

@@ -104,12 +104,18 @@ def _scan(
 
 
 def _carried(tree: Any) -> Any:
-    """A copy of each leaf, because ``scan`` takes no two tensors that share memory; integers as floating point.
+    """A contiguous copy of each leaf, integers as floating point.
 
-    ``scan`` has no backward pass if anything that comes out of a step is of a type without a gradient. Integers below
-    2^53 are exact in double precision.
+    Because ``scan`` takes no two tensors that share memory, nor a state whose strides change, and has no backward pass
+    if anything that comes out of a step is of a type without a gradient. Integers below 2^53 are exact in double
+    precision.
     """
-    return tree_map(lambda x: x.to(x.dtype if x.dtype.is_floating_point else torch.float64, copy=True), tree)
+
+    def carried(x: torch.Tensor) -> torch.Tensor:
+        dtype = x.dtype if x.dtype.is_floating_point else torch.float64
+        return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+    return tree_map(carried, tree)
 
 
 @functools.cache
@@ -150,6 +156,8 @@ def _backend(graph: Any, example_inputs: Any, *, device: str) -> Any:
             ),
             # On a CPU most of the time would go into a loop in Python around the kernels of a step.
             "cpp_wrapper": device == "cpu",
+            # That wrapper is no valid C++ if what comes out of a loop is overwritten, as after a loop of one step.
+            "inplace_buffers": False,
         }
         return inductor.compile_fx.compile_fx(graph, example_inputs, config_patches=settings)
 
@@ -157,26 +165,27 @@ def _backend(graph: Any, example_inputs: Any, *, device: str) -> Any:
 class _OwnMemory(CustomGraphPass):
     """A pass of the compiler that gives each tensor of a scan's next state memory of its own.
 
-    The compiler takes out copies that nobody seems to need, and with them those that kept two tensors of the state
-    apart: the program then crashes, or is not compiled. This runs after that, on forward and backward passes.
+    An earlier pass takes out the copies that :func:`_carried` makes, even where they keep two tensors of the state
+    apart: it looks for outputs that share memory before it has taken out any. The same happens to gradients by two
+    tensors of the state. The C++ wrapper moves each output out of the step, the second time from a null pointer. So
+    the copies are put back once that pass is done; one that nobody needs costs nothing.
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        module = graph.owning_module
         for call in graph.find_nodes(op="call_function", target=scan_op):
-            step, initial = call.args[:2]
-            inner = getattr(module, step.target)
-            output = inner.graph.output_node()
+            step, initial, *_ = call.args
+            program: Any = getattr(graph.owning_module, step.target)
+            output = program.graph.output_node()
             results = list(output.args[0])
-            with inner.graph.inserting_before(output):
-                for i in range(len(initial)):
-                    meta = results[i].meta
-                    results[i] = inner.graph.call_function(torch.ops.aten.clone.default, (results[i],))
-                    results[i].meta = meta.copy()
+            with program.graph.inserting_before(output):
+                for i, result in enumerate(results[: len(initial)]):
+                    results[i] = program.graph.call_function(torch.ops.aten.clone.default, (result,))
+                    results[i].meta = result.meta.copy()
             output.args = (tuple(results),)
-            inner.recompile()
+            program.recompile()
 
     def uuid(self) -> bytes:
+        """What torch's cache of compiled programs tells passes apart by."""
         return get_hash_for_files((__file__,))
 
 
