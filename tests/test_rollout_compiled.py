@@ -230,3 +230,14 @@ def test_functions_are_told_apart_by_their_code() -> None:
     regions = {scanning._region(made(i).__code__, made(i).__code__, "cpu", False) for i in (1.0, 2.0)}
     assert len(regions) == 1
     assert scanning._region(walk.__code__, walk.__code__, "cpu", False) not in regions
+
+
+def test_a_change_of_dtype_is_refused_as_it_is_in_the_plain_loop() -> None:
+    counts = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"the state was \(2,\) of torch.int64 on cpu and is \(2,\) of torch.float32"):
+        rollout(lambda n, t: n * 0.5, counts, 3, compile=True)
+
+
+def test_a_history_without_a_place_for_time_is_refused_as_it_is_in_the_plain_loop() -> None:
+    with pytest.raises(ValueError, match=r"time_dim=1 has no place in a history of values of shape \(\)"):
+        rollout(lambda x, t: x + 1, torch.ones(()), 3, compile=True)

@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 from torch._C._functorch import peek_interpreter_stack
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch._higher_order_ops.scan import scan, scan_op
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes, get_hash_for_files
 from torch.distributions import Distribution
@@ -68,7 +68,7 @@ def scanned(
     try:
         with _unvalidated():
             return _region(_code(step), _code(observe), device.type, fallback_random)(*arguments)
-    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+    except (RuntimeError, IndexError) as error:  # torch's own are among them, and what its programs raise
         raise NotCompiled(_reason(error)) from error
 
 
@@ -92,6 +92,9 @@ def _scan(
             cut = at[0] % gradient_horizon == 0
             state = tree_map(lambda leaf: torch.where(cut, leaf.detach(), leaf), state)
         state = step(state, *at)
+        # Said by the caller, who runs the step without compilation if this raises; the casts here would hide it.
+        if any(x.dtype != like.dtype for x, like in zip(tree_leaves(state), tree_leaves(initial), strict=True)):
+            raise TypeError("a step changes the dtype of the state")
         return _carried(state), _carried(observe(state))
 
     at = (torch.arange(n_steps, device=device), *([] if inputs is None else [inputs]))
@@ -112,7 +115,7 @@ def _carried(tree: Any) -> Any:
     """
 
     def carried(x: torch.Tensor) -> torch.Tensor:
-        dtype = x.dtype if x.dtype.is_floating_point else torch.float64
+        dtype = x.dtype if x.dtype.is_floating_point or x.dtype.is_complex else torch.float64
         return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
     return tree_map(carried, tree)
