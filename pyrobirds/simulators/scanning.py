@@ -68,7 +68,8 @@ def scanned(
     try:
         with _unvalidated():
             return _region(_code(step), _code(observe), device.type, fallback_random)(*arguments)
-    except (RuntimeError, IndexError) as error:  # torch's own are among them, and what its programs raise
+    # Most exceptions of the compiler are RuntimeErrors, and so is what its programs raise.
+    except (FailOnRecompileLimitHit, RuntimeError, IndexError) as error:
         raise NotCompiled(_reason(error)) from error
 
 
