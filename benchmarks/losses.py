@@ -67,8 +67,8 @@ def main() -> None:
     if lacking := set(losses.__all__) - NOT_LOSSES - named:
         raise SystemExit(f"no example of {sorted(lacking)}: add one to ONE_RUN or OF_REPLICATES")
 
-    y = torch.randn(NUM_DRAWS, NUM_TIMESTEPS)
-    one_run = torch.randn_like(y).requires_grad_()
+    y = torch.randn(NUM_TIMESTEPS).expand(NUM_DRAWS, NUM_TIMESTEPS)  # as a Simulator passes it
+    one_run = torch.randn(NUM_DRAWS, NUM_TIMESTEPS, requires_grad=True)
     replicates = torch.randn(NUM_DRAWS, NUM_REPLICATES, NUM_TIMESTEPS, requires_grad=True)
     cases = {name: (loss, one_run) for name, loss in ONE_RUN.items()}
     cases |= {name: (loss, replicates) for name, loss in OF_REPLICATES.items()}

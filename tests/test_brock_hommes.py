@@ -80,7 +80,7 @@ def gradients(x: Tensor, theta: dict[str, Tensor], weights: Tensor) -> Tensor:
 def test_path_by_path_the_equations() -> None:
     theta = around_customary(8)
     torch.manual_seed(5)
-    x = brock_hommes(**theta, n_timesteps=100, bound=1e9)
+    x = brock_hommes(**theta, n_timesteps=100, bound=1e6)
     noise = noise_of(5, 100, 8)
     reference = np.stack(
         [by_numpy({name: value[i].item() for name, value in theta.items()}, noise[:, i].numpy()) for i in range(8)]
@@ -185,13 +185,13 @@ def test_prices_are_cut_off_and_the_gradient_there_is_zero() -> None:
     assert last[1] == 0 != last[0]
     assert (all_of_it != 0).all()
     torch.manual_seed(5)
-    free = brock_hommes(**types, n_timesteps=30, bound=1e9)
+    free = brock_hommes(**types, n_timesteps=30, bound=1e6)
     torch.manual_seed(5)
     assert torch.equal(free[0], brock_hommes(**types, n_timesteps=30, bound=50.0)[0])
 
 
 def test_far_tails_of_the_priors_stay_finite() -> None:
-    """10^5 draws of the model's priors with five times their scale, all parameters free."""
+    """10^5 draws of the model's priors with five times their scale, all parameters free, 30 time steps."""
     n = 100_000
     trace = poutine.trace(poutine.block(models.brock_hommes, hide=["x"])).get_trace(free=tuple(CUSTOMARY))
     theta = {}
@@ -204,6 +204,38 @@ def test_far_tails_of_the_priors_stay_finite() -> None:
     assert x.isfinite().all()
     assert (x.abs() == 1e3).any()  # so far that the bound is met
     assert gradients(x, theta, x.detach()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("r", -1.0),
+        ("r", -2.0),
+        ("beta", -1.0),
+        ("sigma", -0.01),
+        ("g2", math.inf),
+        ("b4", math.nan),
+        ("beta", math.inf),
+    ],
+)
+def test_a_parameter_out_of_range_is_a_failed_run(name: str, value: float) -> None:
+    """NaN in its own draw, without a gradient; the others are as they were."""
+    theta = around_customary(3)
+    torch.manual_seed(5)
+    whole = brock_hommes(**theta, n_timesteps=20)
+    expected = gradients(whole, theta, torch.ones(3, 20))
+    wrong = {key: one.detach().clone() for key, one in theta.items()}
+    wrong[name][1] = value
+    wrong = {key: one.requires_grad_() for key, one in wrong.items()}
+    torch.manual_seed(5)
+    x = brock_hommes(**wrong, n_timesteps=20)
+    assert x[1].isnan().all()
+    assert torch.equal(x[[0, 2]], whole[[0, 2]])
+    found = gradients(x, wrong, torch.ones(3, 20))
+    assert torch.allclose(found[:, [0, 2]], expected[:, [0, 2]])
+    assert (found[:, 1] == 0).all()
+    score = Simulator(brock_hommes, losses.mse, n_timesteps=20)(**wrong).log_prob(torch.zeros(20))
+    assert score.isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -225,6 +257,12 @@ def test_numbers_alone_make_one_path() -> None:
     [
         ({"n_timesteps": 0}, ValueError, "n_timesteps must be at least 1, got 0"),
         ({"bound": 0.0}, ValueError, "bound must be a finite number above 0, got 0.0"),
+        ({"bound": 1e30}, ValueError, r"bound must be at most 1e\+06, got 1e\+30: .* Take a larger unit of price"),
+        (
+            {"g2": torch.zeros(2).half()},
+            TypeError,
+            "g2 must be of float32 or float64, got torch.float16: use g2",
+        ),
         ({"gradient_horizon": 0}, ValueError, "gradient_horizon must be at least 1, got 0"),
         ({"compile": 1}, TypeError, "compile must be True or False, got 1"),
         ({"g2": "trend"}, TypeError, "g2 must be a number, got 'trend'"),
@@ -232,7 +270,7 @@ def test_numbers_alone_make_one_path() -> None:
         (
             {"b2": torch.tensor([1, 2])},
             TypeError,
-            "b2 must be a tensor of floating point, got torch.int64",
+            "b2 must be of float32 or float64, got torch.int64",
         ),
         (
             {"b2": torch.zeros(2), "g3": torch.zeros(3)},

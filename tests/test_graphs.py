@@ -95,6 +95,27 @@ def test_graphs_are_hashable_pickled_and_say_what_they_are() -> None:
     assert repr(graph) == f"Graph(n_agents=12, n_edges={GRAPHS['directed'].number_of_edges()})"
 
 
+def test_a_graph_of_a_graph_is_a_copy(networks: tuple[Graph, Tensor]) -> None:
+    graph, matrix = networks
+    copy = Graph(graph)
+    assert copy is not graph
+    assert (copy.is_complete, copy.n_edges, copy.max_in_degree) == (
+        graph.is_complete,
+        graph.n_edges,
+        graph.max_in_degree,
+    )
+    x = torch.randint(10, (len(matrix), 2)).double()
+    assert torch.equal(copy.neighbour_sum(x), matrix @ x)
+
+
+def test_the_remedy_for_a_sparse_matrix_of_contacts() -> None:
+    matrix = torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 0]])  # from row to column
+    for sparse in (matrix.to_sparse(), matrix.to_sparse_csr()):
+        graph = Graph(sparse.to_sparse_coo().coalesce().indices())
+        x = torch.tensor([[1.0], [10.0], [100.0]])
+        assert torch.equal(graph.neighbour_sum(x), matrix.T.float() @ x)
+
+
 EDGES = torch.tensor([[0, 1], [1, 2]])
 ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "floats": (lambda: Graph(EDGES.float()), TypeError, "as integers, got torch.float32: use graph.long()"),
@@ -120,11 +141,19 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "undirected": (lambda: Graph(EDGES, undirected=1), TypeError, "undirected must be True or False, got 1"),
     "n_agents": (lambda: Graph(EDGES, 2.5), TypeError, "n_agents must be a whole number of at least 1, got 2.5"),
     "networkx": (lambda: Graph(GRAPHS["complete"], 7), TypeError, "belong to a tensor of edges"),
+    "a Graph": (lambda: Graph(Graph.complete(7), 7), TypeError, "belong to a tensor of edges"),
     "a list": (
         lambda: Graph([(0, 1)]),
         TypeError,
         "a networkx graph, or an integer tensor of edges of shape (2, n_edges)",
     ),
+    "numpy": (lambda: Graph(EDGES.numpy()), TypeError, "got a ndarray: pass torch.from_numpy(graph)"),
+    "sparse": (
+        lambda: Graph(EDGES.to_sparse()),
+        TypeError,
+        "dense tensor of edges, got one of torch.sparse_coo: of a sparse matrix of contacts take graph.to_sparse_coo(",
+    ),
+    "sparse floats": (lambda: Graph(torch.eye(3).to_sparse()), TypeError, "a dense tensor of edges"),
     "complete": (lambda: Graph.complete(0), ValueError, "n_agents must be at least 1, got 0"),
     "x": (lambda: Graph(EDGES).neighbour_sum(torch.zeros(3)), ValueError, "x has shape (3,), expected (3, n_columns)"),
 }

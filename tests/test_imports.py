@@ -24,15 +24,15 @@ LAYERS = (
     | {"losses.combined", "losses.debiased", "losses.errors", "losses.moments", "losses.synthetic"}
     | {"losses.crps", "losses.energy", "losses.kernel", "losses.mmd", "losses.wasserstein"}
     | {"simulators.contract", "simulators.parameters", "simulators.relaxations", "simulators.rollout"}
-    | {"simulators.unbatched"},
+    | {"simulators.floats", "simulators.unbatched"},
     {"losses", "plots", "progress", "scoring", "simulators.forward_mode", "simulators.graphs"},
     {"elbo", "simulators.simulator"},
     {"sampling", "simulators.repeats", "training_run"}
     | {"simulators.brock_hommes", "simulators.normal", "simulators.rama_cont", "simulators.random_walk"}
     | {"simulators.sir"},
     {"inference_data.contents", "saving", "simulators"},
-    {"models.brock_hommes", "models.normal", "models.rama_cont", "models.random_walk"}
-    | {"models.sir"},
+    {"models.construction"},
+    {"models.brock_hommes", "models.normal", "models.rama_cont", "models.random_walk"} | {"models.sir"},
     {"models"},
     {"inference_data.origins"},
     {"inference_data.labelling"},

@@ -5,6 +5,8 @@ The statistical tests fail by chance less than once in 1,000 seeds each: 4 stand
 
 from __future__ import annotations
 
+import copy
+import pickle
 from functools import partial
 from typing import Any
 
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pyrobirds import losses
+from pyrobirds.losses.value_object import name_of
 
 ERRORS = {
     "mse": (losses.mse, lambda x, y: (x - y) ** 2),
@@ -90,7 +93,7 @@ ONE_RUN = [losses.mse, losses.mae, losses.log_mse, losses.Sum([losses.mse, losse
 OF_REPLICATES = [losses.DebiasedMSE(), losses.Sum([losses.DebiasedMSE(), losses.DebiasedMSE()])]
 
 
-@pytest.mark.parametrize("loss", ONE_RUN + OF_REPLICATES, ids=str)
+@pytest.mark.parametrize("loss", ONE_RUN + OF_REPLICATES, ids=name_of)
 def test_gradients_are_numerically_right_and_zero_where_data_are_missing(loss: Any) -> None:
     x, y, _ = data([4, 2], 3, seed=1)
     y[2] = torch.nan
@@ -107,7 +110,7 @@ def test_gradients_are_numerically_right_and_zero_where_data_are_missing(loss: A
     assert torch.autograd.gradcheck(lambda z: loss(z, y[:2]), x[:2].detach().requires_grad_())
 
 
-@pytest.mark.parametrize("loss", ONE_RUN + OF_REPLICATES, ids=str)
+@pytest.mark.parametrize("loss", ONE_RUN + OF_REPLICATES, ids=name_of)
 def test_counts_are_data_and_single_precision_stays(loss: Any) -> None:
     x = replicated(loss, torch.randn(2, 3), 2)
     y = torch.tensor([[0, 1, 5], [2, 3, 7]])
@@ -161,6 +164,21 @@ WEIGHTED: dict[str, Any] = {
 def test_other_weights_are_refused(name: str, weights: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{name}: {message}"):
         WEIGHTED[name](weights)
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_weights_that_were_changed_in_place_are_looked_at_again(name: str) -> None:
+    weights = torch.ones(3)
+    WEIGHTED[name](weights)
+    weights[1] = -1
+    with pytest.raises(ValueError, match=f"^{name}: weights must be finite numbers of at least 0"):
+        WEIGHTED[name](weights)
+
+
+def test_weights_may_come_from_inference_mode() -> None:
+    with torch.inference_mode():
+        weights = torch.tensor([1.0, 3.0])
+    assert losses.mse(torch.zeros(1, 2), torch.tensor([[1.0, 2.0]]), weights=weights).tolist() == [13 / 4]
 
 
 # refusals of shapes
@@ -232,7 +250,8 @@ def test_a_sum_adds_weighted_losses() -> None:
     own = lambda x, y: (x - y).nan_to_num().amax(1)  # noqa: E731
     both = losses.Sum([losses.mse, partial(losses.mae, weights=torch.ones(5)), own], weights=[2, 0.5, 1.0])
     torch.testing.assert_close(both(x, y), 2 * losses.mse(x, y) + 0.5 * losses.mae(x, y) + own(x, y))
-    assert repr(both) == "Sum(2.0 * mse + 0.5 * mae + 1.0 * <lambda>)"
+    weights = "<tensor of shape (5,), checksum 5a1dba5d>"
+    assert repr(both) == f"Sum(2.0 * mse + 0.5 * mae(weights={weights}) + 1.0 * <lambda>)"
     torch.testing.assert_close(losses.Sum((losses.mse, losses.mae))(x, y), losses.mse(x, y) + losses.mae(x, y))
 
 
@@ -269,6 +288,13 @@ def statistic(series: Tensor) -> Tensor:
     return series.mean(1, keepdim=True)
 
 
+class Mean:
+    """A statistic without a repr of its own, whose default one is an address."""
+
+    def __call__(self, series: Tensor) -> Tensor:
+        return statistic(series)
+
+
 EQUAL_PAIRS = [
     (losses.DebiasedMSE, losses.DebiasedMSE(torch.ones(3))),
     (lambda: losses.DebiasedMSE(torch.ones(3)), losses.DebiasedMSE(torch.tensor([1.0, 1.0, 2.0]))),
@@ -281,10 +307,11 @@ EQUAL_PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("make", "other"), EQUAL_PAIRS)
+@pytest.mark.parametrize(("make", "other"), EQUAL_PAIRS, ids=[repr(other) for _, other in EQUAL_PAIRS])
 def test_losses_with_equal_arguments_are_equal(make: Any, other: Any) -> None:
     first, second = make(), make()
     assert first == second
+    assert repr(first) == repr(second)
     assert hash(first) == hash(second)
     assert first != other
     assert first != 1
@@ -296,12 +323,172 @@ def test_losses_with_equal_arguments_are_equal(make: Any, other: Any) -> None:
     ("loss", "text"),
     [
         (losses.DebiasedMSE(), "DebiasedMSE()"),
-        (losses.DebiasedMSE(torch.ones(3)), "DebiasedMSE(weights=<tensor of shape (3,)>)"),
+        (losses.DebiasedMSE(torch.ones(3)), "DebiasedMSE(weights=<tensor of shape (3,), checksum dc7c4e94>)"),
+        (losses.DebiasedMSE(torch.ones(2)), "DebiasedMSE(weights=<tensor of shape (2,), checksum d5065190>)"),
         (losses.Moments(statistic), "Moments(statistics=statistic)"),
         (losses.Moments(losses.SeriesMoments((1,))), "Moments(statistics=SeriesMoments(lags=(1,)))"),
-        (losses.SyntheticLikelihood(noise=0.5), "SyntheticLikelihood(noise=0.5)"),
+        (losses.Moments(Mean()), "Moments(statistics=Mean)"),
+        (losses.KernelScore(Mean(), 2), "KernelScore(kernel=Mean, bandwidth=2.0)"),
+        (losses.SyntheticLikelihood(noise=0.5), "SyntheticLikelihood(noise=0.5, unbiased=False)"),
         (losses.BetaSyntheticLikelihood(1.5), "BetaSyntheticLikelihood(beta=1.5)"),
     ],
 )
 def test_losses_read_well(loss: Any, text: str) -> None:
     assert repr(loss) == text
+
+
+ALIKE = [
+    (losses.EnergyScore(1), losses.EnergyScore(1.0)),  # the default, and another
+    (losses.EnergyScore(2), losses.EnergyScore(2.0)),
+    (losses.MMD(torch.tensor(2.0)), losses.MMD(2)),  # type: ignore[arg-type]
+    (losses.KernelScore(bandwidth=np.float64(2.0)), losses.KernelScore(bandwidth=2)),
+    (losses.SlicedWasserstein(p=2, lags=(np.int64(1),)), losses.SlicedWasserstein(p=2.0, lags=(1,))),  # type: ignore[arg-type]
+    (losses.SlicedWasserstein(num_projections=np.int64(9), seed=np.int64(1)), losses.SlicedWasserstein(9, seed=1)),  # type: ignore[arg-type]
+    (losses.SeriesMoments((np.int64(1),)), losses.SeriesMoments((1,))),  # type: ignore[arg-type]
+    (losses.SyntheticLikelihood(noise=0), losses.SyntheticLikelihood(unbiased=True)),
+    (losses.SyntheticLikelihood(noise=1), losses.SyntheticLikelihood(noise=1.0, unbiased=False)),
+    (losses.BetaSyntheticLikelihood(2, noise=0), losses.BetaSyntheticLikelihood(2.0)),
+    (losses.GammaSyntheticLikelihood(2, noise=0), losses.GammaSyntheticLikelihood(2.0)),
+    (losses.CRPS(torch.tensor([0.0, 1.0])), losses.CRPS(torch.tensor([-0.0, 1.0]))),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), ALIKE, ids=[repr(one) for one, _ in ALIKE])
+def test_equal_losses_read_alike(one: Any, other: Any) -> None:
+    assert one == other
+    assert repr(one) == repr(other)
+    assert hash(one) == hash(other)
+
+
+def test_losses_of_other_weights_read_otherwise() -> None:
+    weights = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0]), torch.tensor([1.0, 2.0], dtype=torch.float64)]
+    assert len({repr(losses.CRPS(each)) for each in weights}) == 3
+    assert losses.CRPS(weights[0]) != losses.CRPS(weights[2])
+
+
+# every loss
+
+
+def two_moments(series: Tensor) -> Tensor:
+    return torch.stack([series.mean(-1), series.square().mean(-1)], -1)
+
+
+SHORT = losses.SeriesMoments(lags=(1,))
+OF_ONE_RUN: dict[str, Any] = {
+    "mse": losses.mse,
+    "mae": losses.mae,
+    "log_mse": losses.log_mse,
+    "Sum": losses.Sum([losses.mse, partial(losses.mae, weights=torch.ones(6))]),
+    "Moments of one run": losses.Moments(SHORT),
+    "MMD": losses.MMD(),
+    "MMD of fixed bandwidth": losses.MMD(1.5),
+    "SlicedWasserstein": losses.SlicedWasserstein(seed=0),
+    "SlicedWasserstein, p = 1": losses.SlicedWasserstein(p=1, seed=0),
+    "SlicedWasserstein with lags": losses.SlicedWasserstein(num_projections=3, lags=(1,), seed=0),
+}
+OF_SEVERAL: dict[str, Any] = {
+    "DebiasedMSE": losses.DebiasedMSE(torch.ones(6)),
+    "Moments": losses.Moments(SHORT),
+    "CRPS": losses.CRPS(),
+    "EnergyScore": losses.EnergyScore(),
+    "EnergyScore, beta = 0.7": losses.EnergyScore(0.7),
+    "EnergyScore, beta = 2": losses.EnergyScore(2),
+    "KernelScore": losses.KernelScore(),
+    "KernelScore of fixed bandwidth": losses.KernelScore(bandwidth=1.5),
+    "SyntheticLikelihood": losses.SyntheticLikelihood(two_moments),
+    "SyntheticLikelihood with noise": losses.SyntheticLikelihood(two_moments, noise=0.5),
+    "SyntheticLikelihood, diagonal": losses.SyntheticLikelihood(covariance="diagonal"),
+    "BetaSyntheticLikelihood": losses.BetaSyntheticLikelihood(1.5),
+    "GammaSyntheticLikelihood": losses.GammaSyntheticLikelihood(1.5),
+}
+EVERY = OF_ONE_RUN | OF_SEVERAL
+PIECEWISE_LINEAR = {"mae", "CRPS", "SlicedWasserstein, p = 1"}
+every_loss = pytest.mark.parametrize("name", EVERY)
+# Torch's own, in jvp.
+scripts = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+def example(name: str, batch: int = 2) -> tuple[Tensor, Tensor]:
+    """x and y of six times, with five replicates if the loss takes them."""
+    replicates = (5,) if name in OF_SEVERAL else ()
+    return torch.randn(batch, *replicates, 6), torch.randn(batch, 6)
+
+
+def test_this_list_is_of_every_loss() -> None:
+    names = {name.split(",")[0].split()[0] for name in EVERY}
+    assert names == set(losses.__all__) - {"SeriesMoments"}
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_simulated_counts_are_compared_as_numbers(name: str, dtype: torch.dtype, double_precision: None) -> None:
+    loss, (x, y) = EVERY[name], example(name)
+    x, y = ((3 * values).abs().to(dtype) for values in (x, y))  # of unsigned ones 0 - 3 is 253
+    expected = loss(x.double(), y.double())
+    assert expected.isfinite().all()
+    for pair in [(x, y), (x.double(), y), (x, y.double())]:
+        torch.testing.assert_close(loss(*pair), expected, rtol=0, atol=0)
+
+
+@every_loss
+def test_a_batch_without_draws_has_no_losses(name: str) -> None:
+    x, y = example(name, batch=0)
+    x.requires_grad_()
+    for data in (y, torch.zeros(6).expand(0, 6)):
+        value = EVERY[name](x, data)
+        assert value.shape == (0,)
+        assert torch.autograd.grad(value.sum(), x)[0].shape == x.shape
+
+
+@scripts
+@every_loss
+def test_losses_can_be_differentiated_forwards(name: str, double_precision: None) -> None:
+    loss, (x, y) = EVERY[name], example(name)
+    y[0, 4] = torch.nan if name != "SyntheticLikelihood" and "noise" not in name else 0.0
+    tangents, leaf = torch.randn(3, *x.shape), x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf, y).sum(), leaf)
+    expected = (gradient * tangents).flatten(2).sum(2)
+
+    def push(tangent: Tensor) -> Tensor:
+        return torch.func.jvp(lambda x: loss(x, y), (x,), (tangent,))[1]
+
+    torch.testing.assert_close(push(tangents[0]), expected[0])
+    torch.testing.assert_close(torch.vmap(push, randomness="same")(tangents), expected)
+
+
+@every_loss
+def test_losses_of_one_draw_can_be_batched_by_vmap(name: str, double_precision: None) -> None:
+    """As `Simulator.from_loss(batched=False)` does; either may also be the same for all draws."""
+    loss, (x, y) = EVERY[name], example(name, batch=3)
+    leaf = x.clone().requires_grad_()
+    for runs, data, dims in [(leaf, y, (0, 0)), (leaf, y[0], (0, None)), (leaf[0], y, (None, 0))]:
+        batched = torch.vmap(lambda x, y: loss(x[None], y[None])[0], dims)(runs, data)
+        expected = loss(runs.expand_as(x), data.expand_as(y))
+        torch.testing.assert_close(batched, expected)
+        gradients = [torch.autograd.grad(value.sum(), leaf)[0] for value in (batched, expected)]
+        torch.testing.assert_close(*gradients)
+
+
+@scripts
+@every_loss
+def test_losses_have_second_derivatives(name: str, double_precision: None) -> None:
+    loss, (x, y) = EVERY[name], example(name, batch=1)
+    hessian = torch.func.hessian(lambda x: loss(x, y)[0])(x)  # forwards over backwards
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf, y).sum(), leaf, create_graph=True)
+    assert (hessian == 0).all() == (name in PIECEWISE_LINEAR)
+    direction = torch.randn_like(x)
+    (product,) = torch.autograd.grad((gradient * direction).sum(), leaf)
+    torch.testing.assert_close((hessian * direction).flatten(x.dim()).sum(-1), product)
+    assert torch.autograd.gradgradcheck(lambda x: loss(x, y), (leaf,))
+
+
+@every_loss
+def test_copies_are_equal_and_read_alike(name: str) -> None:
+    loss = EVERY[name]
+    if name == "Sum":
+        loss = losses.Sum([losses.mse, losses.MMD()])  # functools.partial are equal only if they are the same
+    for again in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert again == loss
+        assert hash(again) == hash(loss)
+        assert repr(again) == repr(loss)

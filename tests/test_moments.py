@@ -96,6 +96,12 @@ def test_gradients_of_series_moments_are_numerically_right(double_precision: Non
             ValueError,
             r"takes series of shape \(B, T\), got \(2, 20, 2\): for several series at once give the loss your own",
         ),
+        (
+            lambda: losses.Moments()(torch.zeros(2, 3), torch.zeros(2)),
+            ValueError,
+            r"got \(6,\): data of one number have no moments over time, give the loss your own statistics, \(B,\) -> "
+            r"\(B, k\); to one series add a batch dimension",
+        ),
     ],
 )
 def test_other_series_are_refused(call: Any, error: type[Exception], message: str) -> None:
@@ -189,6 +195,13 @@ def test_a_statistic_that_is_nan_is_a_failure_and_not_left_out() -> None:
     y[0, 1] = torch.nan
     loss = losses.Moments(lambda series: series.mean(1, keepdim=True))(torch.randn(2, 3, 6), y)
     assert loss.isnan().tolist() == [True, False]
+
+
+def test_data_of_one_number_take_statistics_of_their_own() -> None:
+    x, y = torch.tensor([[1.0, 3.0]]), torch.tensor([1.0])
+    loss = losses.Moments(lambda number: torch.stack([number, number.square()], -1))
+    assert loss(x, y).tolist() == [(1 - 1) * (3 - 1) + (1 - 1) * (9 - 1)]
+    assert loss(x[:, 1], y).tolist() == [2**2 + 8**2]
 
 
 def test_counts_are_data() -> None:

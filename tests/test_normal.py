@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -101,6 +102,46 @@ def test_bad_arguments(
 ) -> None:
     with pytest.raises(error, match=match):
         normal(torch.zeros(shapes[0]), torch.ones(shapes[1]), n_timesteps)
+
+
+def test_parameters_may_be_numbers() -> None:
+    both = [normal(2, 0.5, 4), normal(torch.tensor(2.0), torch.tensor(0.5), 4)]
+    one = torch.full((3,), 2.0, dtype=torch.float64), torch.full((3,), 0.5, dtype=torch.float64)
+    several = [normal(*one, 4), normal(2.0, one[1], 4), normal(one[0], 0.5, 4)]
+    assert [x.shape for x in both + several] == [(4,)] * 2 + [(3, 4)] * 3
+    assert {x.dtype for x in several} == {torch.float64}
+    for call in (lambda: normal(2, 0.5, 4), lambda: normal(2.0, one[1], 4), lambda: normal(one[0], 0.5, 4)):
+        torch.manual_seed(1)
+        x = call()
+        torch.manual_seed(1)
+        expected = normal(*one, 4) if x.dtype == torch.float64 else normal(torch.tensor(2.0), torch.tensor(0.5), 4)
+        assert torch.equal(x, expected)
+    assert normal(0.0, -1.0, 3).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("mu", "sigma", "error", "match"),
+    [
+        ("a", 1.0, TypeError, "mu must be a number, got 'a'"),
+        (0.0, math.inf, ValueError, "sigma must be a finite number, got inf"),
+        (torch.zeros(2), [1.0, 1.0], TypeError, r"sigma must be a number, got \[1.0, 1.0\]"),
+        (
+            torch.zeros(2).half(),
+            1.0,
+            TypeError,
+            "mu must be of float32 or float64, got torch.float16: use mu",
+        ),
+        (
+            torch.zeros(2),
+            torch.ones(2).bfloat16(),
+            TypeError,
+            "sigma must be of float32 or float64, got torch.bf",
+        ),
+    ],
+)
+def test_bad_parameters(mu: Any, sigma: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        normal(mu, sigma, 5)
 
 
 def test_sites_of_the_model() -> None:

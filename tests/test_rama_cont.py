@@ -12,7 +12,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoNormal, init_to_feasible, init_to_median
 from torch import Tensor
 
 from pyrobirds import GeneralizedELBO, Simulator, losses, models
@@ -196,6 +196,56 @@ def test_far_tails_of_the_priors_stay_finite() -> None:
     assert gradients(x, theta, x.detach()).isfinite().all()
 
 
+NAMES = ("nu_loc", "nu_scale", "sigma", "eta")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("nu_scale", -0.5), ("sigma", -0.001), ("sigma", math.inf), ("eta", 0.0), ("eta", -10.0)],
+        *[(name, math.nan) for name in NAMES],
+    ],
+)
+@pytest.mark.parametrize("horizon", [None, 4])
+def test_a_parameter_out_of_range_is_a_failed_run(name: str, value: float, horizon: int | None) -> None:
+    """NaN in its own draw, without a gradient; the others are as they were."""
+    theta, weights = parameters(3), torch.ones(3, 15)
+
+    def run(theta: list[Tensor]) -> Tensor:
+        torch.manual_seed(5)
+        return rama_cont(*theta, n_timesteps=15, n_agents=30, gradient_horizon=horizon)
+
+    whole = run(theta)
+    expected = gradients(whole, theta, weights)
+    wrong = [one.detach().clone() for one in theta]
+    wrong[NAMES.index(name)][1] = value
+    wrong = [one.requires_grad_() for one in wrong]
+    x = run(wrong)
+    assert x[1].isnan().all()
+    assert torch.equal(x[[0, 2]], whole[[0, 2]])
+    found = gradients(x, wrong, weights)
+    assert torch.equal(found[:, [0, 2]], expected[:, [0, 2]])
+    assert (found[:, 1] == 0).all()
+    score = Simulator(rama_cont, losses.mse, n_timesteps=15, n_agents=30)(*wrong).log_prob(torch.zeros(15))
+    assert score.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sigma", [0.0, 1e-39, 1e-36, 1e-22, 1e-3])
+def test_gradients_are_finite_at_the_edges_of_the_range(sigma: float, dtype: torch.dtype) -> None:
+    corners = torch.cartesian_prod(
+        torch.tensor([-200.0, -45.0, -7.0, 200.0]),
+        torch.tensor([0.0, 0.5, 50.0]),
+        torch.tensor([1e-15, 1e-3, 10, 1e38]),
+    ).to(dtype)
+    nu_loc, nu_scale, eta = (one.clone().requires_grad_() for one in corners.unbind(-1))
+    theta = [nu_loc, nu_scale, torch.full_like(eta, sigma).requires_grad_(), eta]
+    for n_agents in (1, 50):
+        x = rama_cont(*theta, n_timesteps=20, n_agents=n_agents)
+        assert x.isfinite().all()
+        assert gradients(x, theta, x.detach().sign()).isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
 def test_any_batch_in_the_dtype_of_the_parameters(batch: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -215,8 +265,9 @@ def test_any_batch_in_the_dtype_of_the_parameters(batch: tuple[int, ...], dtype:
         ({"tau": 0}, ValueError, "tau must be a finite number above 0, got 0"),
         ({"gradient_horizon": 0}, ValueError, "gradient_horizon must be at least 1, got 0"),
         ({"checkpoint_every": -1}, ValueError, "checkpoint_every must be at least 1, got -1"),
-        ({"sigma": 0.1}, TypeError, "sigma must be a tensor of floating point, got 0.1"),
-        ({"eta": torch.tensor([1, 2])}, TypeError, "eta must be a tensor of floating point, got one of torch.int64"),
+        ({"sigma": 0.1}, TypeError, "sigma must be a tensor of float32 or float64, got a float: pass a tensor"),
+        ({"eta": torch.tensor([1, 2])}, TypeError, "eta must be of float32 or float64, got torch.int64"),
+        ({"nu_loc": torch.zeros(2).half()}, TypeError, "nu_loc must be of float32 or float64, got torch.float16"),
         (
             {"eta": torch.ones(3)},
             ValueError,
@@ -240,16 +291,32 @@ def test_in_a_simulator_each_parameter_has_a_gradient(batched: bool) -> None:
     assert all(bool((gradient != 0).all()) for gradient in found)
 
 
-def test_the_model_has_its_sites_and_can_be_fitted() -> None:
+def test_the_model_has_its_sites() -> None:
     trace = poutine.trace(models.rama_cont).get_trace(n_agents=20, n_timesteps=12)
     assert trace.stochastic_nodes == ["nu_loc", "nu_scale", "sigma", "eta", "x"]
     assert trace.nodes["x"]["value"].shape == (12,)
     assert trace.nodes["x"]["infer"]["event_dims"] == ["time"]
 
-    def model(y: Tensor | None = None) -> Tensor:
-        return models.rama_cont(y, n_agents=50, n_timesteps=40)
 
-    y = rama_cont(*same(1, -6.0, 0.5, 0.003, 5.0), n_timesteps=40)[0]
-    svi = SVI(model, AutoNormal(model, init_scale=0.1), pyro.optim.Adam({"lr": 0.02}), GeneralizedELBO(w=0.01))
-    found = [svi.step(y) for _ in range(60)]
-    assert sum(found[-15:]) < sum(found[:15])
+def test_a_fit_that_starts_at_the_medians_finds_news_and_depth() -> None:
+    """Eta within a factor of 2, sigma of 3, and a quarter of the total from Pyro's own start, near 1 for both.
+
+    Of 20 fits with other seeds the worst had 1.5, 2.6 and an eighth.
+    """
+    y = rama_cont(*same(1, -6.0, 0.5, 0.003, 5.0), n_timesteps=100, n_agents=50)[0]
+
+    def model(y: Tensor | None = None) -> Tensor:
+        return models.rama_cont(y, n_agents=50, n_timesteps=100)
+
+    totals = []
+    for start in (init_to_median, init_to_feasible):
+        pyro.clear_param_store()
+        guide = AutoNormal(model, init_scale=0.1, init_loc_fn=start)
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), GeneralizedELBO(w=0.001))
+        for _ in range(60):
+            svi.step(y)
+        totals.append(sum(svi.evaluate_loss(y) for _ in range(10)))
+        if start is init_to_median:
+            assert abs(math.log(float(guide.median()["eta"]) / 5)) < math.log(2)
+            assert abs(math.log(float(guide.median()["sigma"]) / 0.003)) < math.log(3)
+    assert totals[0] < totals[1] / 4

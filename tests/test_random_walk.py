@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,18 @@ def test_steps_are_one_and_start_at_zero() -> None:
 def test_bad_arguments(arguments: dict[str, object], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         random_walk(torch.zeros(2), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("theta", "match"),
+    [
+        (0.3, "theta must be a tensor of float32 or float64, got a float: pass a tensor"),
+        (torch.zeros(2, dtype=torch.bfloat16), r"got torch.bfloat16: use theta.float\(\)"),
+    ],
+)
+def test_theta_is_a_tensor_of_floats(theta: Any, match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        random_walk(theta, 5)
 
 
 def test_any_leading_batch() -> None:

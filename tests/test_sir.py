@@ -218,7 +218,16 @@ def test_nan_stays_in_its_draw() -> None:
 THETA = torch.zeros(3)
 COMPLETE = Graph.complete(5)
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
-    "list": (lambda: sir([0, 0, 0], COMPLETE, 4), TypeError, "theta must be a tensor of floats of shape (*batch, 3)"),
+    "list": (
+        lambda: sir([0, 0, 0], COMPLETE, 4),
+        TypeError,
+        "theta must be a tensor of float32 or float64, got a list",
+    ),
+    "half": (
+        lambda: sir(THETA.half(), COMPLETE, 4),
+        TypeError,
+        "float32 or float64, got torch.float16: use theta.float()",
+    ),
     "integers": (lambda: sir(THETA.long(), COMPLETE, 4), TypeError, "float32 or float64, got torch.int64"),
     "entries": (
         lambda: sir(torch.zeros(5, 2), COMPLETE, 4),
@@ -230,6 +239,16 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "no tau": (lambda: sir(THETA, COMPLETE, 4, tau=0), ValueError, "tau must be a finite number above 0, got 0"),
     "time": (lambda: sir(THETA, COMPLETE, 0), ValueError, "n_timesteps must be at least 1, got 0"),
     "graph": (lambda: sir(THETA, [(0, 1)], 4), TypeError, "graph must be a pyrobirds Graph, a networkx graph"),
+    "contacts": (
+        lambda: sir(THETA, Graph.complete(2**22 + 1), 4),
+        ValueError,
+        "an agent with 4194304 contacts, of which a step counts fewer than 4194304 in torch.float32: take float64",
+    ),
+    "more contacts": (
+        lambda: sir(THETA.double(), Graph.complete(2**29 + 1), 4),
+        ValueError,
+        "fewer than 536870912 in torch.float64: take a sparser graph",
+    ),
     "horizon": (
         lambda: sir(THETA, COMPLETE, 4, gradient_horizon=0),
         ValueError,
@@ -272,7 +291,7 @@ def test_the_prior_of_beta_knows_the_number_of_contacts() -> None:
 
 def test_the_model_is_fitted_and_predicts() -> None:
     """Data of a fast epidemic; the loss of predictions falls by a factor of ten, which the prior does not by chance."""
-    graph = networkx.watts_strogatz_graph(100, 10, 0.1, seed=0)
+    graph = Graph(networkx.watts_strogatz_graph(100, 10, 0.1, seed=0))
     y = sir(torch.tensor([-1.0, -0.7, -0.5]), graph, 15)
 
     def model(infected: Tensor | None = None, recovered: Tensor | None = None) -> dict[str, Tensor]:

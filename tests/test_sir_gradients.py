@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from typing import Any
@@ -210,8 +211,30 @@ def test_gradients_are_finite_at_every_corner(dtype: torch.dtype, tau: float) ->
 
 
 def test_a_batch_of_parameters_is_no_case_for_vmap() -> None:
-    with pytest.raises(NotImplementedError, match=r"takes any batch of parameters, .* call it on the batch"):
-        torch.vmap(lambda theta: sir(theta, Graph.complete(N), 3)["infected"], randomness="same")(THETA)
+    for graph, randomness in itertools.product([Graph.complete(N), Graph(EDGES)], ["same", "different", "error"]):
+        with pytest.raises(NotImplementedError, match=r"pass the whole batch of theta, \(\*batch, 3\), in one call"):
+            torch.vmap(lambda theta, graph=graph: sir(theta, graph, 3)["infected"], randomness=randomness)(THETA)
+
+
+@pytest.mark.parametrize("graph", [Graph(EDGES), Graph(EDGES, undirected=True), Graph.complete(N)])
+def test_gradients_by_torch_func(graph: Graph) -> None:
+    def loss(theta: Tensor) -> Tensor:
+        return scalar(seeded(0, theta, graph, 8, 0.5))
+
+    assert torch.equal(torch.func.grad(loss)(THETA), gradient(THETA, lambda theta: seeded(0, theta, graph, 8, 0.5)))
+    with pytest.raises(NotImplementedError, match=r"as in torch.func.jacrev: take torch.func.jacfwd"):
+        torch.func.jacrev(lambda theta: sir(theta, graph, 3)["infected"])(THETA)
+    jacobian = torch.func.jacfwd(lambda theta: seeded(0, theta, graph, 8, 0.5)["infected"], randomness="same")(THETA)
+    assert jacobian.shape == (4, 8, 4, 3)
+
+
+def test_the_default_temperature_is_a_half() -> None:
+    """Its bias is documented, and its noise lower than that of 0.1."""
+    graph = Graph(EDGES)
+    assert torch.equal(
+        gradient(THETA, lambda theta: seeded(0, theta, graph, 8)),
+        gradient(THETA, lambda theta: seeded(0, theta, graph, 8, 0.5)),
+    )
 
 
 def test_second_derivatives_are_refused() -> None:

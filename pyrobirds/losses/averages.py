@@ -8,7 +8,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyrobirds._checks import shape_text
 
-# The values of a tensor of weights are looked at once: a look waits for the device.
+# The version of a tensor of weights when its values were looked at: a look waits for the device, so there is one for
+# each version, which torch counts up at every change in place.
 _checked = WeakTensorKeyDictionary()
 
 
@@ -47,8 +48,9 @@ def check_weights(name: str, weights: object) -> None:
     """Raise unless ``weights`` is a tensor of finite numbers of at least 0."""
     if not isinstance(weights, Tensor):
         raise TypeError(f"{name}: weights must be a tensor of the shape of the event, got a {type(weights).__name__}")
-    if weights in _checked:
+    version = 0 if weights.is_inference() else weights._version  # torch does not count those of inference tensors
+    if _checked.get(weights) == version:
         return
     if not bool((weights.isfinite() & (weights >= 0)).all()):
         raise ValueError(f"{name}: weights must be finite numbers of at least 0, got {weights!r}")
-    _checked[weights] = True
+    _checked[weights] = version

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrobirds import _checks
 from pyrobirds._checks import shape_text
-from pyrobirds.losses.value_object import name_of
+from pyrobirds.losses.value_object import name_of, with_arguments
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -77,5 +77,5 @@ class Sum:
         return torch.stack(values).sum(0)
 
     def __repr__(self) -> str:
-        terms = (f"{weight} * {name_of(loss)}" for loss, weight in zip(self.losses, self.weights or (), strict=True))
-        return f"Sum({' + '.join(terms)})"
+        pairs = zip(self.losses, self.weights or (), strict=True)
+        return f"Sum({' + '.join(f'{weight} * {with_arguments(loss)}' for loss, weight in pairs)})"

@@ -39,8 +39,9 @@ class CRPS(ValueObject):
 
     Called with ``x`` of shape ``(B, m, *event)`` and ``y`` of shape ``(B, *event)``, NaN where missing, it returns
     ``(B,)`` in units of ``y``; a series without any observed entry has score 0. Single values can be below 0. Equal
-    replicates are taken in some order, so that their gradients differ while their sum is right. Time grows with
-    B m log m, memory with B m.
+    replicates are taken in some order, so that their gradients differ while their sum is right. The score is piecewise
+    linear in ``x``: its second derivative is 0, so that a Laplace approximation sees no curvature of it. Time grows
+    with B m log m, memory with B m.
 
     Raises:
         TypeError, ValueError: the weights are not a tensor of finite numbers of at least 0, of the event's shape; when

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrobirds.losses.averages import check_weights, mean_over_observed
+from pyrobirds.losses.distances import common_dtype
 from pyrobirds.losses.shapes import check_replicates
 from pyrobirds.losses.value_object import ValueObject
 
@@ -59,7 +60,8 @@ class DebiasedMSE(ValueObject):
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         m = check_replicates("DebiasedMSE", x, y, 2)
-        observed = ~torch.isnan(y)
-        errors = torch.where(observed.unsqueeze(1), x - torch.where(observed, y, 0).unsqueeze(1), 0)
+        observed, dtype = ~torch.isnan(y), common_dtype(x, y)
+        data = torch.where(observed, y, 0).to(dtype).unsqueeze(1)
+        errors = torch.where(observed.unsqueeze(1), x.to(dtype) - data, 0)
         products = (errors.sum(1).square() - errors.square().sum(1)) / (m * (m - 1))
         return mean_over_observed("DebiasedMSE", products, observed, self.weights)

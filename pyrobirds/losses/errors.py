@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyrobirds import _checks
 from pyrobirds.losses.averages import mean_over_observed
+from pyrobirds.losses.distances import common_dtype
 from pyrobirds.losses.shapes import check_one_run
 
 
@@ -52,7 +53,8 @@ def mae(x: Tensor, y: Tensor, *, weights: Tensor | None = None) -> Tensor:
     .. math:: \ell_b = \frac{\sum_{i \in O_b} w_i |x_{b,i} - y_{b,i}|}{\sum_{i \in O_b} w_i},
 
     with :math:`O_b` as in :func:`~pyrobirds.losses.mse`. A single outlier in ``y`` moves it less than the mean squared
-    error. The gradient at an error of 0 is 0.
+    error. The gradient at an error of 0 is 0. The loss is piecewise linear in x: its second derivative is 0, so that a
+    Laplace approximation sees no curvature of it.
 
     Args:
         x: simulated data, shape ``(B, *event)``, in the units of ``y``.
@@ -102,17 +104,18 @@ def log_mse(x: Tensor, y: Tensor, *, weights: Tensor | None = None, offset: floa
     """
     offset = _checks.positive("offset", offset)
     check_one_run("log_mse", x, y)
-    observed = ~torch.isnan(y)
-    errors = _log_size(torch.where(observed, x, 0), offset) - _log_size(torch.where(observed, y, 0), offset)
+    observed, dtype = ~torch.isnan(y), common_dtype(x, y)
+    sizes = [_log_size(torch.where(observed, values, 0).to(dtype), offset) for values in (x, y)]
+    errors = sizes[0] - sizes[1]
     return mean_over_observed("log_mse", errors.square(), observed, weights)
 
 
 def _errors(name: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """x - y, 0 where y is missing, and where it is not."""
     check_one_run(name, x, y)
-    observed = ~torch.isnan(y)
+    observed, dtype = ~torch.isnan(y), common_dtype(x, y)
     # NaN must go before the square, not after: where() passes NaN gradients through the branch that it does not take.
-    return torch.where(observed, x - torch.where(observed, y, 0), 0), observed
+    return torch.where(observed, x.to(dtype) - torch.where(observed, y, 0).to(dtype), 0), observed
 
 
 def _log_size(z: Tensor, offset: float) -> Tensor:

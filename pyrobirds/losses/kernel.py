@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from pyrobirds._checks import shape_text
-from pyrobirds.losses.distances import Bandwidth, check_bandwidth, distances, distinct, median_or, runs
+from pyrobirds.losses.distances import (
+    Bandwidth,
+    check_bandwidth,
+    common_dtype,
+    distinct,
+    median_or,
+    powers_of_distances,
+    runs,
+    score_of_pairs,
+)
 from pyrobirds.losses.shapes import check_replicates
 from pyrobirds.losses.value_object import ValueObject
 
@@ -41,14 +50,15 @@ class KernelScore(ValueObject):
             values entry by entry, for instance ``lambda s: (1 + s).rsqrt()``; 0 is among the distances.
         bandwidth: h in units of ``y``, or "median": :math:`h^2` is the number of observed entries times the median
             squared difference between two of them (of more than 256 entries, between that many evenly spaced order
-            statistics), or their mean or 1 where that is 0. It depends on ``y`` alone: a bandwidth that follows ``x``
-            would change with the parameters, and reward those that change it rather than those that fit. It suits
+            statistics), or their mean or 1 where that is 0. A series of which a single entry is observed has no
+            difference: its score is NaN, that is, a failed run. The bandwidth depends on ``y`` alone: one that follows
+            ``x`` would change with the parameters, and reward those that change it rather than those that fit. It suits
             entries in one unit, whose spread over time is like the spread between runs. Elsewhere, and where the
             score is to be proper over many data sets, fix it by :meth:`with_median_bandwidth`.
 
     Called with ``x`` of shape ``(B, m, *event)`` and ``y`` of shape ``(B, *event)``, NaN where missing, it returns
-    ``(B,)`` without a unit. A series without any observed entry has the constant score minus kappa(0). Time and memory
-    grow with B m^2.
+    ``(B,)`` without a unit. A series without any observed entry has the constant score minus kappa(0). Time grows with
+    B m^2 D for D entries, memory with B m^2, and in forward mode and for second derivatives with B m^2 D.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind; when called, ``x`` or ``y`` is of another shape, m is
@@ -66,20 +76,27 @@ class KernelScore(ValueObject):
     def __post_init__(self) -> None:
         if self.kernel != "gaussian" and not callable(self.kernel):
             raise ValueError(f'kernel must be "gaussian" or a callable of squared distances, got {self.kernel!r}')
-        check_bandwidth(self.bandwidth)
+        object.__setattr__(self, "bandwidth", check_bandwidth(self.bandwidth))
 
     @classmethod
     def with_median_bandwidth(
-        cls, x: Tensor, kernel: Literal["gaussian"] | Callable[[Tensor], Tensor] = "gaussian"
+        cls,
+        x: Tensor,
+        kernel: Literal["gaussian"] | Callable[[Tensor], Tensor] = "gaussian",
+        *,
+        y: Tensor | None = None,
     ) -> KernelScore:
         """Make a score whose bandwidth is the median distance between pilot runs, which stays what it is.
 
         Args:
             x: pilot runs at a plausible parameter, or at draws of the prior, shape ``(n, *event)``, n of at least 2.
             kernel: as for :class:`KernelScore`.
+            y: data with gaps, shape ``event``: entries at which they are NaN are left out of the distances, as the
+                score leaves them out. None for all entries.
 
         Raises:
-            ValueError: fewer than two runs, or the median of their distances is not a finite number above 0.
+            ValueError: fewer than two runs, ``y`` is not of the shape of one, or the median of the distances is not a
+                finite number above 0.
 
         Example:
             >>> KernelScore.with_median_bandwidth(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
@@ -87,7 +104,13 @@ class KernelScore(ValueObject):
         """
         if x.dim() < 1 or len(x) < 2:
             raise ValueError(f"x has shape {shape_text(x.shape)}; expected at least two pilot runs, (n, *event)")
-        flat = x.detach().reshape(len(x), math.prod(x.shape[1:]))
+        if y is not None and y.shape != x.shape[1:]:
+            raise ValueError(
+                f"y has shape {shape_text(y.shape)}, but each of the {len(x)} pilot runs x has shape "
+                f"{shape_text(x.shape[1:])}: pass one series of data, without a batch dimension"
+            )
+        seen = x if y is None else torch.where(y.isnan(), 0, x)
+        flat = seen.detach().reshape(len(x), math.prod(x.shape[1:])).to(common_dtype(x, x))
         median = float(torch.nn.functional.pdist(flat).median())
         if not (math.isfinite(median) and median > 0):
             raise ValueError(
@@ -97,13 +120,11 @@ class KernelScore(ValueObject):
         return cls(kernel, median)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        m = check_replicates("KernelScore", x, y, least=2)
+        check_replicates("KernelScore", x, y, least=2)
         square = self._square_of_bandwidth(y)
-        x, y, _ = runs(x, y)
-        to_data = self._kernel(distances(x, y.unsqueeze(1)).square() / square)
-        to_others = self._kernel(distances(x, x).square() / square)
-        others = to_others.sum((1, 2)) - to_others.diagonal(dim1=1, dim2=2).sum(1)
-        return others / (m * (m - 1)) - 2 * to_data.mean((1, 2))
+        x, y = runs(x, y)
+        squares = powers_of_distances(torch.cat([x, y.unsqueeze(1)], 1), 2)
+        return -score_of_pairs(self._kernel(squares / square))
 
     def _kernel(self, squares: Tensor) -> Tensor:
         if callable(self.kernel):
@@ -121,10 +142,14 @@ class KernelScore(ValueObject):
                 "pass a number, or take KernelScore.with_median_bandwidth(pilot runs)"
             )
         entries = distinct(y).flatten(1)
-        entries = entries.detach().to(entries.dtype if entries.is_floating_point() else torch.get_default_dtype())
-        num_observed = (~entries.isnan()).sum(1).clamp(min=1)
-        entries = entries.sort(1).values[:, :: -(-n // _MOST_ENTRIES)]  # NaN is last
+        entries = entries.detach().to(common_dtype(y, y))
+        num_observed = (~entries.isnan()).sum(1)
+        most = min(n, _MOST_ENTRIES)
+        # NaN is sorted to the end. Of no more than `most` values the ranks are 0, 1, 2, ...
+        ranks = (2 * torch.arange(most, device=y.device) + 1) * num_observed.clamp(min=most).unsqueeze(1) // (2 * most)
+        entries = entries.sort(1).values.gather(1, ranks)
         squares = (entries.unsqueeze(1) - entries.unsqueeze(2)).square()
         squares.diagonal(dim1=1, dim2=2).fill_(torch.nan)
         squares = squares.flatten(1)
-        return (num_observed * median_or(squares.nanmean(1), squares))[:, None, None]
+        scale = torch.where(num_observed == 1, torch.nan, median_or(squares.nanmean(1), squares))
+        return (num_observed.clamp(min=1) * scale)[:, None, None]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrobirds._checks import shape_text
+from pyrobirds.losses.distances import common_dtype
 from pyrobirds.losses.shapes import as_replicates
 from pyrobirds.losses.statistics import SeriesMoments, Statistics, check_statistics, evaluate, of_both
 from pyrobirds.losses.value_object import ValueObject
@@ -53,7 +54,7 @@ class Moments(ValueObject):
         ...     return torch.stack([series.mean(-1), series.square().mean(-1)], -1)
         >>> moments = Moments(mean_and_size, weight=torch.tensor([1.0, 0.5]))
         >>> moments
-        Moments(statistics=mean_and_size, weight=<tensor of shape (2,)>)
+        Moments(statistics=mean_and_size, weight=<tensor of shape (2,), checksum ee85c9db>)
         >>> moments(torch.tensor([[[0.0, 2.0], [3.0, 3.0]]]), torch.tensor([[1.0, 1.0]]))
         tensor([4.])
     """
@@ -67,8 +68,8 @@ class Moments(ValueObject):
             _check_weight(self.weight)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        x = as_replicates("Moments", x, y)
-        simulated, observed = of_both("Moments", self.statistics, x, y)
+        x, dtype = as_replicates("Moments", x, y), common_dtype(x, y)
+        simulated, observed = of_both("Moments", self.statistics, x.to(dtype), y.to(dtype))
         errors = simulated - observed.unsqueeze(1)
         m = errors.shape[1]
         if m == 1:

@@ -55,8 +55,7 @@ class SeriesMoments:
     def __post_init__(self) -> None:
         if not isinstance(self.lags, tuple):
             raise TypeError(f"lags must be a tuple of whole numbers of at least 1, got {self.lags!r}")
-        for lag in self.lags:
-            _checks.positive_int("each of lags", lag)
+        object.__setattr__(self, "lags", tuple(_checks.positive_int("each of lags", lag) for lag in self.lags))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,6 +64,12 @@ class SeriesMoments:
         return ("mean", "sd", "skewness", "excess_kurtosis", *own, *absolute)
 
     def __call__(self, series: Tensor) -> Tensor:
+        if series.dim() < 2:
+            raise ValueError(
+                f"SeriesMoments takes series of shape (B, T), got {shape_text(series.shape)}: data of one number have "
+                "no moments over time, give the loss your own statistics, (B,) -> (B, k); to one series add a batch "
+                "dimension, series[None]"
+            )
         if series.dim() != 2:
             raise ValueError(
                 f"SeriesMoments takes series of shape (B, T), got {shape_text(series.shape)}: for several series at "
@@ -117,13 +122,13 @@ def check_statistics(name: str, statistics: object) -> None:
 
 
 def of_both(name: str, statistics: Statistics, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The statistics of x, ``(B, m, *event)``, and of y, ``(B, *event)``: ``(B, m, k)`` and ``(B, k)``.
+    """The statistics of x, ``(B, m, *event)``, and of y, ``(B, *event)``, floating: ``(B, m, k)`` and ``(B, k)``.
 
     Where y is missing x is made so, too: the statistics of both are of equally many values at the same places.
     """
     x = torch.where(y.isnan().unsqueeze(1), torch.nan, x)
     own = evaluate(name, statistics, x.flatten(0, 1))
-    return own.unflatten(0, x.shape[:2]), evaluate(name, statistics, y if y.is_floating_point() else y.to(x.dtype))
+    return own.unflatten(0, x.shape[:2]), evaluate(name, statistics, y)
 
 
 def evaluate(name: str, statistics: Statistics, series: Tensor) -> Tensor:

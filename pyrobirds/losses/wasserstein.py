@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,13 @@ class SlicedWasserstein:
     2019, section 4 (delay reconstruction, https://doi.org/10.1111/rssb.12312). Sliced distance: Rabin, Peyré, Delon and
     Bernot 2012 (https://doi.org/10.1007/978-3-642-24785-9_37).
 
+    The loss is that of two samples, not of two laws, and on short series it prefers quiet parameters, as the mean
+    squared error does: sorted noise is noise still. For points on the line and p = 2 the loss of values
+    :math:`\mu + \sigma \epsilon_t` with :math:`\epsilon_t` independent of the data is least in expectation, for data of
+    the same law with :math:`\sigma = 1`, at :math:`\sigma = \frac{1}{n} \sum_i (E \epsilon_{(i)})^2 < 1`, which for
+    Gaussian values is 0.64 at n = 5, 0.79 at 10, 0.95 at 50 and 0.97 at 100. :class:`~pyrobirds.losses.MMD` with a
+    fixed bandwidth, whose pairs exclude those of points with themselves, has no such bias for independent points.
+
     Args:
         num_projections: L.
         p: the power, at least 1.
@@ -52,20 +60,22 @@ class SlicedWasserstein:
     """
 
     num_projections: int = 50
-    p: float = 2
+    p: float = 2.0
     lags: tuple[int, ...] = ()
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _checks.positive_int("num_projections", self.num_projections)
-        if _checks.positive("p", self.p) < 1:
+        p = _checks.positive("p", self.p)
+        if p < 1:
             raise ValueError(f"p must be at least 1, got {self.p!r}")
         if not isinstance(self.lags, tuple):
             raise TypeError(f"lags must be a tuple of whole numbers, such as (1, 2), got {self.lags!r}")
-        for lag in self.lags:
-            _checks.positive_int("each of lags", lag)
+        # Plain numbers, whatever came, so that equal losses have equal reprs.
+        object.__setattr__(self, "num_projections", _checks.positive_int("num_projections", self.num_projections))
+        object.__setattr__(self, "p", p)
+        object.__setattr__(self, "lags", tuple(_checks.positive_int("each of lags", lag) for lag in self.lags))
         if self.seed is not None:
-            _checks.seed("seed", self.seed)
+            object.__setattr__(self, "seed", _checks.seed("seed", self.seed))
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         check_one_run("SlicedWasserstein", x, y)
@@ -98,6 +108,6 @@ class SlicedWasserstein:
         if self.seed is None:
             normal = torch.randn(shape, dtype=x.dtype, device=x.device)
         else:
-            generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same directions on every device
-            normal = torch.randn(shape, dtype=torch.float64, generator=generator).to(x)
+            # By NumPy: the same directions on every device, and for all draws under torch.vmap.
+            normal = torch.from_numpy(np.random.default_rng(self.seed).standard_normal(shape)).to(x)
         return normal / normal.norm(dim=0)

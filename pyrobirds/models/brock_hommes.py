@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Iterable
 from typing import Any
 
 import pyro
@@ -12,7 +11,7 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from pyrobirds import losses, simulators
-from pyrobirds.simulators import Simulator
+from pyrobirds.models.construction import Loss, shared_simulator
 
 # The mean and standard deviation of the parameter, or of its logarithm.
 _NORMAL = {
@@ -33,21 +32,16 @@ _LOG_NORMAL = {
 _MMD = losses.MMD()
 
 
-@lru_cache
-def _prices(loss: Callable[[Tensor, Tensor], Tensor], **settings: Any) -> Simulator:
-    # One Simulator for all calls of the model, so that its contract is checked once and not at every step.
-    return Simulator(simulators.brock_hommes, loss=loss, **settings)
-
-
 def brock_hommes(
     y: Tensor | None = None,
     *,
     n_timesteps: int = 100,
-    free: Sequence[str] = ("g2", "b2", "g3", "b3"),
+    free: Iterable[str] = ("g2", "b2", "g3", "b3"),
     bound: float = 1e3,
     gradient_horizon: int | None = None,
     compile: bool = False,
-    loss: Callable[[Tensor, Tensor], Tensor] = _MMD,
+    loss: Loss = _MMD,
+    **options: Any,
 ) -> Tensor:
     r"""Asset prices with four types of traders, with priors on the chosen parameters.
 
@@ -72,9 +66,11 @@ def brock_hommes(
         loss: compares simulated prices with the observed ones; see :mod:`pyrobirds.losses`. Must be hashable, as
             functions are. By default :class:`pyrobirds.losses.MMD`, which compares the values and not their order:
             two paths of the same parameters soon have nothing in common but their distribution.
+        **options: further keywords of :class:`pyrobirds.Simulator`, such as ``replicates`` or ``differentiation``, and
+            values, by name, of parameters that are not free.
 
     Raises:
-        ValueError: ``free`` is empty or names what is not a parameter.
+        ValueError: ``free`` is empty, names what is not a parameter, or names one twice or with a value.
 
     Example:
         >>> from pyro.infer import SVI
@@ -87,16 +83,26 @@ def brock_hommes(
         >>> isinstance(svi.step(y), float)
         True
     """
-    unknown = [name for name in free if name not in _NORMAL and name not in _LOG_NORMAL]
-    if unknown or not free:
+    names = (free,) if isinstance(free, str) else tuple(free)
+    if not names or isinstance(free, str) or not {*names} <= {*_NORMAL, *_LOG_NORMAL}:
         raise ValueError(
             f"free must name at least one parameter out of {[*_NORMAL, *_LOG_NORMAL]}, got {free!r}: pass a tuple of "
             "names"
         )
+    if twice := sorted({name for name in names if names.count(name) > 1 or name in options}):
+        raise ValueError(f"free names {twice} twice, or beside a value: give each parameter once")
     theta = {
         name: pyro.sample(name, dist.Normal(*_NORMAL[name]) if name in _NORMAL else dist.LogNormal(*_LOG_NORMAL[name]))
-        for name in free
+        for name in names
     }
-    prices = _prices(loss, n_timesteps=n_timesteps, bound=bound, gradient_horizon=gradient_horizon, compile=compile)
-    names: Any = {"event_dims": ["time"]}  # a key that Pyro does not know
-    return pyro.sample("x", prices(**theta), obs=y, infer=names)
+    prices = shared_simulator(
+        simulators.brock_hommes,
+        loss,
+        n_timesteps=n_timesteps,
+        bound=bound,
+        gradient_horizon=gradient_horizon,
+        compile=compile,
+        **options,
+    )
+    dims: Any = {"event_dims": ["time"]}  # a key that Pyro does not know
+    return pyro.sample("x", prices(**theta), obs=y, infer=dims)

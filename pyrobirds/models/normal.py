@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import pyro
@@ -11,22 +9,17 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from pyrobirds import losses, simulators
-from pyrobirds.simulators import Simulator
+from pyrobirds.models.construction import Loss, shared_simulator
 
 _LOSS = losses.MMD()
-
-
-@lru_cache
-def _values(n_timesteps: int, loss: Callable[[Tensor, Tensor], Tensor]) -> Simulator:
-    # One Simulator for all calls of the model, so that its contract is checked once and not at every step.
-    return Simulator(simulators.normal, loss=loss, n_timesteps=n_timesteps)
 
 
 def normal(
     y: Tensor | None = None,
     *,
     n_timesteps: int = 100,
-    loss: Callable[[Tensor, Tensor], Tensor] = _LOSS,
+    loss: Loss = _LOSS,
+    **options: Any,
 ) -> Tensor:
     r"""Independent normal values with a normal prior on their mean and a log-normal one on their standard deviation.
 
@@ -41,6 +34,7 @@ def normal(
         loss: compares a simulated series with the observed one; see :mod:`pyrobirds.losses`. Must be hashable, as
             functions are. By default the values are compared as a sample, regardless of their order. The mean squared
             error would not do: its expectation, :math:`\sigma^2 + \overline{(y_t - \mu)^2}`, is least at sigma = 0.
+        **options: further keywords of :class:`pyrobirds.Simulator`, such as ``replicates`` or ``differentiation``.
 
     Example:
         >>> from pyro.infer import SVI
@@ -55,4 +49,5 @@ def normal(
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     sigma = pyro.sample("sigma", dist.LogNormal(0.0, 1.0))
     names: Any = {"event_dims": ["time"]}  # a key that Pyro does not know
-    return pyro.sample("x", _values(n_timesteps, loss)(mu, sigma), obs=y, infer=names)
+    values = shared_simulator(simulators.normal, loss, n_timesteps=n_timesteps, **options)
+    return pyro.sample("x", values(mu, sigma), obs=y, infer=names)

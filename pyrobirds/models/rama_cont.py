@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import pyro
@@ -12,15 +10,9 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from pyrobirds import losses, simulators
-from pyrobirds.simulators import Simulator
+from pyrobirds.models.construction import Loss, shared_simulator
 
 _MMD = losses.MMD()
-
-
-@lru_cache
-def _returns(loss: Callable[[Tensor, Tensor], Tensor], **settings: Any) -> Simulator:
-    # One Simulator for all calls of the model, so that its contract is checked once and not at every step.
-    return Simulator(simulators.rama_cont, loss=loss, **settings)
 
 
 def rama_cont(
@@ -32,7 +24,8 @@ def rama_cont(
     tau: float = 1.0,
     gradient_horizon: int | None = None,
     checkpoint_every: int | None = None,
-    loss: Callable[[Tensor, Tensor], Tensor] = _MMD,
+    loss: Loss = _MMD,
+    **options: Any,
 ) -> Tensor:
     r"""Returns with clustered volatility, with priors for daily returns.
 
@@ -52,14 +45,18 @@ def rama_cont(
         checkpoint_every: see :func:`pyrobirds.simulators.rama_cont`.
         loss: compares simulated returns with the observed ones; see :mod:`pyrobirds.losses`. Must be hashable, as
             functions are. By default :class:`pyrobirds.losses.MMD`, which compares the values and not their order.
+        **options: further keywords of :class:`pyrobirds.Simulator`, such as ``replicates`` or ``differentiation``.
+
+    Start guides at the medians of the priors, by ``init_loc_fn=init_to_median``: Pyro's own start, near 0 in the space
+    of logarithms, is a sigma and an eta of 1, where returns depend on hardly anything.
 
     Example:
         >>> from pyro.infer import SVI
-        >>> from pyro.infer.autoguide import AutoNormal
+        >>> from pyro.infer.autoguide import AutoNormal, init_to_median
         >>> from pyro.optim import Adam
         >>> from pyrobirds import GeneralizedELBO, models
         >>> y = models.rama_cont(n_agents=100)
-        >>> guide = AutoNormal(models.rama_cont)
+        >>> guide = AutoNormal(models.rama_cont, init_loc_fn=init_to_median)
         >>> svi = SVI(models.rama_cont, guide, Adam({"lr": 0.05}), GeneralizedELBO(w=0.1))
         >>> isinstance(svi.step(y, n_agents=100), float)
         True
@@ -68,7 +65,8 @@ def rama_cont(
     nu_scale = pyro.sample("nu_scale", dist.LogNormal(math.log(0.5), 0.5))
     sigma = pyro.sample("sigma", dist.LogNormal(math.log(0.001), 0.5))
     eta = pyro.sample("eta", dist.LogNormal(math.log(10.0), 0.5))
-    returns = _returns(
+    returns = shared_simulator(
+        simulators.rama_cont,
         loss,
         n_timesteps=n_timesteps,
         n_agents=n_agents,
@@ -76,6 +74,7 @@ def rama_cont(
         tau=tau,
         gradient_horizon=gradient_horizon,
         checkpoint_every=checkpoint_every,
+        **options,
     )
     names: Any = {"event_dims": ["time"]}  # a key that Pyro does not know
     return pyro.sample("x", returns(nu_loc, nu_scale, sigma, eta), obs=y, infer=names)

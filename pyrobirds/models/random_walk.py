@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import pyro
@@ -11,13 +9,7 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from pyrobirds import losses, simulators
-from pyrobirds.simulators import Simulator
-
-
-@lru_cache
-def _walk(n_timesteps: int, tau: float, loss: Callable[[Tensor, Tensor], Tensor]) -> Simulator:
-    # One Simulator for all calls of the model, so that its contract is checked once and not at every step.
-    return Simulator(simulators.random_walk, loss=loss, n_timesteps=n_timesteps, tau=tau)
+from pyrobirds.models.construction import Loss, shared_simulator
 
 
 def random_walk(
@@ -25,7 +17,8 @@ def random_walk(
     *,
     n_timesteps: int = 100,
     tau: float = 0.1,
-    loss: Callable[[Tensor, Tensor], Tensor] = losses.mse,
+    loss: Loss = losses.mse,
+    **options: Any,
 ) -> Tensor:
     r"""The random walk with a Gaussian prior on the log-odds of a step upwards.
 
@@ -39,6 +32,7 @@ def random_walk(
         tau: temperature of the straight-through gradient; see :func:`pyrobirds.simulators.random_walk`.
         loss: compares a simulated walk with the observed one; see :mod:`pyrobirds.losses`. Must be hashable, as
             functions are.
+        **options: further keywords of :class:`pyrobirds.Simulator`, such as ``replicates`` or ``differentiation``.
 
     Example:
         >>> from pyro.infer import SVI
@@ -52,4 +46,5 @@ def random_walk(
     """
     theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
     names: Any = {"event_dims": ["time"]}  # a key that Pyro does not know
-    return pyro.sample("x", _walk(n_timesteps, tau, loss)(theta), obs=y, infer=names)
+    walk = shared_simulator(simulators.random_walk, loss, n_timesteps=n_timesteps, tau=tau, **options)
+    return pyro.sample("x", walk(theta), obs=y, infer=names)

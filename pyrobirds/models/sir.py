@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Mapping
 from typing import Any
 
 import pyro
@@ -13,22 +12,8 @@ import torch
 from torch import Tensor
 
 from pyrobirds import losses, simulators
+from pyrobirds.models.construction import Loss, shared_simulator
 from pyrobirds.simulators import Graph, Simulator
-
-_Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-@lru_cache
-def _epidemic(graph: Any, n_timesteps: int, tau: float, infected: _Loss, recovered: _Loss) -> Simulator:
-    # One Simulator for all calls of the model, so that its contract is checked, and a graph converted, only once.
-    return Simulator(
-        simulators.sir,
-        loss={"infected": infected, "recovered": recovered},
-        theta_event_dims=1,
-        graph=graph if isinstance(graph, Graph) else Graph(graph),
-        n_timesteps=n_timesteps,
-        tau=tau,
-    )
 
 
 def sir(
@@ -37,8 +22,10 @@ def sir(
     *,
     graph: Any,
     n_timesteps: int = 100,
-    tau: float = 0.1,
-    loss: _Loss | Mapping[str, _Loss] = losses.mse,
+    tau: float = 0.5,
+    gradient_horizon: int | None = None,
+    loss: Loss | Mapping[str, Loss] = losses.mse,
+    **options: Any,
 ) -> dict[str, Tensor]:
     r"""The SIR epidemic on a network, with Gaussian priors on the decimal logarithms of its parameters.
 
@@ -57,11 +44,14 @@ def sir(
     Args:
         infected: the observed numbers of infected agents, shape ``(n_timesteps,)``; NaN where missing.
         recovered: those of recovered agents. Without either the model draws both.
-        graph: the contacts, as for :func:`pyrobirds.simulators.sir`. What is not a Graph yet is converted once.
+        graph: the contacts: a :class:`~pyrobirds.simulators.Graph`, or what one is made of. Make a Graph for a fit:
+            what is none may change between calls, and is converted, and the simulator made anew, in every call.
         n_timesteps: number of values, that at t = 0 included.
-        tau: temperature of the straight-through gradient; see :func:`pyrobirds.simulators.sir`.
+        tau: temperature of the straight-through gradient, which is biased: see :func:`pyrobirds.simulators.sir`.
+        gradient_horizon: see :func:`pyrobirds.simulators.sir`.
         loss: compares simulated with observed numbers; see :mod:`pyrobirds.losses`. One for both outputs, or a dict of
             them by output. Must be hashable, as functions are.
+        **options: further keywords of :class:`pyrobirds.Simulator`, such as ``replicates`` or ``differentiation``.
 
     Returns:
         The values of the sites ``infected`` and ``recovered``, of those that there are.
@@ -85,8 +75,19 @@ def sir(
     by_output = loss if isinstance(loss, Mapping) else {"infected": loss, "recovered": loss}
     if set(by_output) != {"infected", "recovered"}:
         raise ValueError(f"loss must be a function, or a dict of 'infected' and 'recovered', got one of {[*by_output]}")
-    simulator = _epidemic(graph, n_timesteps, tau, by_output["infected"], by_output["recovered"])
-    contacts: Graph = simulator.settings["graph"]
+    # A Graph that no other call will have would fill the cache.
+    make = shared_simulator if isinstance(graph, Graph) else Simulator
+    contacts = graph if isinstance(graph, Graph) else Graph(graph)
+    simulator = make(
+        simulators.sir,
+        by_output,
+        theta_event_dims=1,
+        graph=contacts,
+        n_timesteps=n_timesteps,
+        tau=tau,
+        gradient_horizon=gradient_horizon,
+        **options,
+    )
     at_first = pyro.sample("log10_initial_fraction", dist.Normal(-2.0, 0.5))
     log10_contacts = math.log10(max(contacts.n_edges / contacts.n_agents, 1))
     beta = pyro.sample("log10_beta", dist.Normal(-log10_contacts, 0.5))

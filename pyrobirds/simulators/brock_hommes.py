@@ -9,10 +9,12 @@ from torch import Tensor
 
 from pyrobirds import _checks
 from pyrobirds._checks import shape_text
+from pyrobirds.simulators.floats import float_tensor
 from pyrobirds.simulators.rollout import rollout
 
 _BLOCK = 128  # time steps whose derivatives are solved for at once: a matrix of that size for each draw
 _FEW_DRAWS = 50
+_LARGEST_BOUND = 1e6
 
 
 def brock_hommes(
@@ -55,13 +57,16 @@ def brock_hommes(
     r           interest per time step             1                   > -1
     ==========  =================================  ==================  =======
 
-    Each is a number or a tensor; any subset may be free. The defaults are the four types of section 4.3 of Brock and
-    Hommes (fundamentalists, an optimistic and a pessimistic bias with a trend, pure trend) with the ``beta``, ``sigma``
-    and ``r`` that have become customary for calibrating g2, b2, g3 and b3. Risk aversion and the variance that traders
-    expect are absorbed into ``beta``, strategies are free of charge, and the noise is that of the later literature.
+    Each is a number or a tensor; any subset may be free. One that is out of its range or not finite gives prices of
+    NaN in its draw, which :class:`pyrobirds.Simulator` counts as a failed run. The defaults are the four types of
+    section 4.3 of Brock and Hommes (fundamentalists, an optimistic and a pessimistic bias with a trend, pure trend)
+    with the ``beta``, ``sigma`` and ``r`` that have become customary for calibrating g2, b2, g3 and b3. Risk aversion
+    and the variance that traders expect are absorbed into ``beta``, strategies are free of charge, and the noise is
+    that of the later literature.
 
     The gradient is exact: that of each path with its noise held. Where the dynamics are chaotic it grows exponentially
-    with the number of time steps, and says little about the expected loss then; ``gradient_horizon`` bounds it.
+    with the number of time steps, and says little about the expected loss then, until it is not finite at all; a
+    ``gradient_horizon`` bounds it, and is recommended for paths of some hundred values or more.
 
     Sources: W. A. Brock and C. H. Hommes (1998), Heterogeneous beliefs and routes to chaos in a simple asset pricing
     model, J. Econ. Dyn. Control 22, 1235-1274, https://doi.org/10.1016/S0165-1889(98)00011-6; equations (39) and (40)
@@ -80,8 +85,9 @@ def brock_hommes(
         sigma: see the table.
         r: see the table.
         n_timesteps: number of values of a path, the first, 0, included.
-        bound: prices are cut off at plus and minus this, in units of price, above 0: with a trend above R they would
-            grow without end. The gradient of a value that was cut off is zero. Paths that stay within are not touched.
+        bound: prices are cut off at plus and minus this, in units of price, above 0 and at most a million: with a trend
+            above R they would grow without end, and their products overflow. The gradient of a value that was cut off
+            is zero. Paths that stay within are not touched.
         gradient_horizon: how many time steps a gradient goes back, see :func:`pyrobirds.simulators.rollout`.
         compile: whether to compile the time loop, see :func:`pyrobirds.simulators.rollout`; it pays for many calls.
 
@@ -90,8 +96,8 @@ def brock_hommes(
 
     Raises:
         TypeError, ValueError: ``n_timesteps`` or ``gradient_horizon`` is not a whole number of at least 1, ``bound``
-            not a number above 0, a parameter neither a tensor of floating point nor a number, or the batches of the
-            parameters do not broadcast.
+            not a number above 0 and at most a million, a parameter neither a tensor of float32 or float64 nor a finite
+            number, or the batches of the parameters do not broadcast.
 
     Example:
         >>> x = brock_hommes(g2=torch.tensor([0.9, 1.2]), b2=torch.tensor([0.2, 0.3]), n_timesteps=50)
@@ -100,6 +106,11 @@ def brock_hommes(
     """
     n_timesteps = _checks.positive_int("n_timesteps", n_timesteps)
     bound = _checks.positive("bound", bound)
+    if bound > _LARGEST_BOUND:
+        raise ValueError(
+            f"bound must be at most {_LARGEST_BOUND:g}, got {bound:g}: products of larger prices overflow. Take a "
+            "larger unit of price"
+        )
     if gradient_horizon is not None:
         gradient_horizon = _checks.positive_int("gradient_horizon", gradient_horizon)
     compile = _checks.boolean("compile", compile)
@@ -108,17 +119,19 @@ def brock_hommes(
         **{"beta": beta, "sigma": sigma, "r": r},
     }
     theta, batch_shape = _stacked(named)
+    valid = _in_range(theta.detach())
+    # The other draws run with values that do no harm, so that their gradients are zero and not NaN.
+    theta = torch.where(valid, theta, 0)
     noise = torch.randn(n_timesteps - 1, theta.shape[1], 1, dtype=theta.dtype, device=theta.device)
     x: Any = _Path.apply(theta, noise, bound, gradient_horizon, compile)
-    return x.reshape(*batch_shape, n_timesteps)
+    return torch.where(valid.unsqueeze(-1), x, torch.nan).reshape(*batch_shape, n_timesteps)
 
 
 def _stacked(parameters: dict[str, Any]) -> tuple[Tensor, torch.Size]:
     """The parameters as one tensor ``(parameters, B)``, and the shape of their batch."""
     tensors = {name: value for name, value in parameters.items() if isinstance(value, Tensor)}
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a tensor of floating point, got {tensor.dtype}: pass {name}.float()")
+        float_tensor(name, tensor)
     dtype, device = torch.get_default_dtype(), None
     for i, tensor in enumerate(tensors.values()):
         dtype = tensor.dtype if i == 0 else torch.promote_types(dtype, tensor.dtype)
@@ -135,6 +148,12 @@ def _stacked(parameters: dict[str, Any]) -> tuple[Tensor, torch.Size]:
         for name, value in parameters.items()
     ]
     return torch.stack(rows).reshape(len(rows), -1), batch_shape
+
+
+def _in_range(theta: Tensor) -> Tensor:
+    """Which draws, ``(B,)``, have parameters that the model knows."""
+    beta, sigma, r = theta[8:]
+    return theta.isfinite().all(0) & (beta >= 0) & (sigma >= 0) & (r > -1)
 
 
 class _Path(torch.autograd.Function):

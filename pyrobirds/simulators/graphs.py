@@ -29,13 +29,13 @@ class Graph:
         graph: a networkx graph of any kind, whose nodes are numbered in its own order, or the edges as an integer
             tensor of shape ``(2, n_edges)``, sources in row 0 and targets in row 1, as in PyTorch Geometric. An edge of
             an undirected networkx graph acts both ways. Parallel edges count as several contacts; weights and other
-            attributes are not looked at.
+            attributes are not looked at. A Graph gives a copy.
         n_agents: number of agents if ``graph`` is a tensor; by default its largest entry plus 1. Agents without edges
             are allowed.
         undirected: with a tensor, that each edge is given once and acts both ways.
 
     Raises:
-        TypeError, ValueError: ``graph`` is neither of the two or has no agents, an edge names an agent that is not
+        TypeError, ValueError: ``graph`` is none of these or has no agents, an edge names an agent that is not
             there or joins an agent to itself, an edge of an undirected graph is given in both directions, or an
             argument is given that belongs to a tensor alone.
 
@@ -55,6 +55,9 @@ class Graph:
         else:
             if n_agents is not None or undirected is not False:
                 raise TypeError("n_agents and undirected belong to a tensor of edges: a networkx graph knows its own")
+            if isinstance(graph, Graph):
+                self.__dict__.update(graph.__getstate__())
+                return
             edges, self.n_agents = _from_networkx(graph)
         _refuse_loops(edges)
         self.n_edges = edges.shape[1]
@@ -98,6 +101,8 @@ class Graph:
 
     def add_sum(self, total: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
         """Add the sum over neighbours to ``total`` in place, without a record for autograd.
+
+        Inside of torch's transforms, such as :func:`torch.func.grad`, only a node of autograd can call it.
 
         Args:
             total: shape ``(n_agents, n_columns)``.
@@ -192,6 +197,11 @@ def _compress(keys: Tensor, n: int) -> _Rows:
 
 
 def _from_tensor(edges: Tensor, n_agents: int | None, undirected: bool) -> tuple[Tensor, int]:
+    if edges.layout != torch.strided:
+        raise TypeError(
+            f"graph must be a dense tensor of edges, got one of {edges.layout}: of a sparse matrix of contacts take "
+            "graph.to_sparse_coo().coalesce().indices()"
+        )
     if edges.is_floating_point() or edges.is_complex() or edges.dtype == torch.bool:
         raise TypeError(f"graph must hold the numbers of agents as integers, got {edges.dtype}: use graph.long()")
     if edges.dim() != 2 or edges.shape[0] != 2:
@@ -225,9 +235,10 @@ def _from_tensor(edges: Tensor, n_agents: int | None, undirected: bool) -> tuple
 
 def _from_networkx(graph: Any) -> tuple[Tensor, int]:
     if not all(hasattr(graph, name) for name in ("nodes", "edges", "is_directed")):
+        remedy = ": pass torch.from_numpy(graph)" if type(graph).__module__ == "numpy" else ""
         raise TypeError(
             "graph must be a pyrobirds Graph, a networkx graph, or an integer tensor of edges of shape (2, n_edges), "
-            f"got a {type(graph).__name__}"
+            f"got a {type(graph).__name__}{remedy}"
         )
     numbers = {label: number for number, label in enumerate(graph.nodes)}
     if not numbers:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyrobirds import _checks
 from pyrobirds._checks import shape_text
+from pyrobirds.simulators.floats import float_tensor
 from pyrobirds.simulators.rollout import rollout
 
 
@@ -46,6 +47,9 @@ def rama_cont(
     s            chance of a trader to adapt the threshold           1           [0, 1]
     ===========  ==================================================  ==========  ======
 
+    A parameter out of its range, or one that is not finite, gives returns of NaN in its draw, which
+    :class:`pyrobirds.Simulator` counts as a failed run: to raise an error, its values would have to be waited for.
+
     Exact in law. The gradient takes each order for
     :math:`\operatorname{sigmoid}\frac{\epsilon - \nu}{\tau\sigma} - \operatorname{sigmoid}\frac{-\epsilon - \nu}
     {\tau\sigma}` with :math:`\tau\sigma` held: a straight-through gradient and biased, too small in nu_loc and nu_scale
@@ -78,7 +82,7 @@ def rama_cont(
     Raises:
         TypeError, ValueError: ``n_timesteps``, ``n_agents``, ``gradient_horizon`` or ``checkpoint_every`` is not a
             whole number of at least 1, ``s`` not a number between 0 and 1, ``tau`` not one above 0, or the parameters
-            are not tensors of floating point of one shape.
+            are not tensors of float32 or float64 of one shape.
 
     Example:
         >>> parameters = torch.tensor([-7.0, 0.5, 0.001, 10.0]).expand(3, 4).unbind(-1)
@@ -92,13 +96,18 @@ def rama_cont(
     tau = _checks.positive("tau", tau)
     _check_parameters({"nu_loc": nu_loc, "nu_scale": nu_scale, "sigma": sigma, "eta": eta})
     batch_shape = sigma.shape
-    nu_loc, nu_scale, sigma, eta = (theta.reshape(-1, 1) for theta in (nu_loc, nu_scale, sigma, eta))
+    parameters = [theta.reshape(-1, 1) for theta in (nu_loc, nu_scale, sigma, eta)]
+    valid = torch.cat([theta.detach().isfinite() for theta in parameters], -1).all(-1, keepdim=True)
+    valid = valid & (nu_scale.reshape(-1, 1) >= 0) & (sigma.reshape(-1, 1) >= 0) & (eta.reshape(-1, 1) > 0)
+    # The other draws run with values that do no harm, so that their gradients are zero and not NaN.
+    nu_loc, nu_scale, sigma, eta = (torch.where(valid, theta, 1) for theta in parameters)
     kind: dict[str, Any] = {"dtype": sigma.dtype, "device": sigma.device}
 
     log_nu = nu_loc + nu_scale * torch.randn(len(sigma), n_agents, **kind)
     first_nu = log_nu.clamp(max=math.log(torch.finfo(sigma.dtype).max) - 1).exp()  # beyond all news, and finite
     news = sigma * torch.randn(n_timesteps - 1, len(sigma), 1, **kind)
-    width = (tau * sigma.detach()).clamp(min=torch.finfo(sigma.dtype).tiny)
+    # Where it is narrower, one over it overflows.
+    width = (tau * sigma.detach()).clamp(min=math.sqrt(torch.finfo(sigma.dtype).tiny))
 
     def step(state: tuple[Tensor, ...], t: int, news: Tensor) -> tuple[Tensor, ...]:
         nu, _, *first = state
@@ -123,14 +132,12 @@ def rama_cont(
         gradient_horizon=gradient_horizon,
         checkpoint_every=checkpoint_every,
     )
-    return x.reshape(*batch_shape, n_timesteps)
+    return torch.where(valid.unsqueeze(-1), x, torch.nan).reshape(*batch_shape, n_timesteps)
 
 
 def _check_parameters(parameters: dict[str, Any]) -> None:
     for name, value in parameters.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            came = f"one of {value.dtype}" if isinstance(value, Tensor) else repr(value)
-            raise TypeError(f"{name} must be a tensor of floating point, got {came}: pass torch.tensor(...)")
+        float_tensor(name, value)
     shapes = {name: shape_text(value.shape) for name, value in parameters.items()}
     if len({*shapes.values()}) > 1:
         came = ", ".join(f"{name} {shape}" for name, shape in shapes.items())

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyrobirds import _checks
 from pyrobirds.simulators import relaxations
+from pyrobirds.simulators.floats import float_tensor
 
 
 def random_walk(theta: Tensor, n_timesteps: int, tau: float = 0.1) -> Tensor:
@@ -22,15 +23,16 @@ def random_walk(theta: Tensor, n_timesteps: int, tau: float = 0.1) -> Tensor:
     The model is the one of the variational-inference tutorial of blackbirds (https://github.com/arnauqb/blackbirds).
 
     Args:
-        theta: log-odds of a step upwards, shape ``(*batch,)``.
+        theta: log-odds of a step upwards, shape ``(*batch,)``, float32 or float64.
         n_timesteps: number of values of the walk, the first, 0, included.
         tau: temperature of the straight-through relaxation, above 0.
 
     Returns:
-        Walks of shape ``(*batch, n_timesteps)``, in steps.
+        Walks of shape ``(*batch, n_timesteps)``, in steps; NaN after the first value where theta is NaN.
 
     Raises:
-        TypeError, ValueError: ``n_timesteps`` is not a whole number of at least 1, or ``tau`` not a number above 0.
+        TypeError, ValueError: theta is not a tensor of float32 or float64, ``n_timesteps`` not a whole number of at
+            least 1, or ``tau`` not a number above 0.
 
     Example:
         >>> walks = random_walk(torch.zeros(3), n_timesteps=5)
@@ -40,6 +42,7 @@ def random_walk(theta: Tensor, n_timesteps: int, tau: float = 0.1) -> Tensor:
         True
     """
     n_timesteps = _checks.positive_int("n_timesteps", n_timesteps)
+    float_tensor("theta", theta)
     logits = theta.unsqueeze(-1).expand(*theta.shape, n_timesteps - 1)
     steps = 2 * relaxations.bernoulli(logits=logits, tau=tau) - 1
     return torch.nn.functional.pad(steps.cumsum(-1), (1, 0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,15 +12,18 @@ from torch import Tensor
 from pyrobirds import _checks
 from pyrobirds._checks import shape_text
 from pyrobirds.simulators import relaxations
+from pyrobirds.simulators.floats import float_tensor
 from pyrobirds.simulators.graphs import Graph
 from pyrobirds.simulators.rollout import rollout
 
 _LOG_10 = math.log(10)
+# A step keeps four times the number of infected contacts plus a state: exact in the floats, and in 32-bit integers.
+_MOST_CONTACTS = {torch.float32: 2**22, torch.float64: 2**29}
 _BLOCK = 2**15  # entries to a thread whose temporaries, a dozen at a time, stay in the cache
 
 
 def sir(
-    theta: Tensor, graph: Any, n_timesteps: int, tau: float = 0.1, *, gradient_horizon: int | None = None
+    theta: Tensor, graph: Any, n_timesteps: int, tau: float = 0.5, *, gradient_horizon: int | None = None
 ) -> dict[str, Tensor]:
     r"""Simulate epidemics among agents that are susceptible, infected or recovered (SIR).
 
@@ -60,10 +63,16 @@ def sir(
     of :math:`\sigma((\mathrm{logit} p + \mathrm{logit} u) / \tau)`. One u decides both choices of an agent in a step,
     as they exclude each other.
 
+    The derivative by theta[0] is a twentieth to two thirds of the true one, so that its posterior stays near its prior,
+    and that by theta[1] half to nine tenths of it. A ``gradient_horizon`` makes this worse: theta[1] then has too large
+    a derivative, and theta[0] none by later values. Smaller ``tau`` is little nearer where it is, and much noisier;
+    ``docs/reference_simulators.md`` has a table.
+
     **Cost.** A step keeps one byte for each agent and draw for the backward pass (two where an agent has more than 63
     neighbours, four above 8,191), which repeats the random numbers instead of keeping them. They come from a generator
     of the run's own, seeded by one number of torch's global generator of the CPU. Uniform numbers of 32 bits are
-    multiples of 6e-8, and so are in effect the probabilities: take float64 for rarer events.
+    multiples of 6e-8, and so are in effect the probabilities: take float64 for rarer events, and for graphs in which
+    an agent has 4,194,304 neighbours (2^22) or more, which float32 cannot count.
 
     Args:
         theta: shape ``(*batch, 3)``, float32 or float64.
@@ -80,7 +89,8 @@ def sir(
 
     Raises:
         TypeError, ValueError: theta is not a tensor of floats with 3 entries in its last dimension, the graph cannot
-            be taken, ``n_timesteps`` is not a whole number of at least 1, or ``tau`` not between 0 and 1.
+            be taken or has an agent with too many neighbours, ``n_timesteps`` is not a whole number of at least 1, or
+            ``tau`` not between 0 and 1.
 
     Example:
         >>> from pyrobirds.simulators import Graph
@@ -98,6 +108,8 @@ def sir(
     n_timesteps = _checks.positive_int("n_timesteps", n_timesteps)
     if not isinstance(graph, Graph):
         graph = Graph(graph)
+    _check_contacts(graph, theta.dtype)
+    theta = _Batch.apply(theta)
     epidemic = _Epidemic(graph, tau, theta)
     fraction, *rates = theta.reshape(-1, 3).unbind(-1)
     log10_rates = torch.stack(rates)
@@ -196,6 +208,11 @@ def _times_slope(x: Tensor, s: Tensor) -> Tensor:
     return torch.ops.aten.sigmoid_backward(x, s)  # x s (1 - s)
 
 
+def _no_vmap() -> NoReturn:
+    # Not asked in the vmap over tangents of forward mode, in which neither parameters nor states are a batch.
+    raise NotImplementedError("sir has no rule for torch.vmap: pass the whole batch of theta, (*batch, 3), in one call")
+
+
 class _Step(torch.autograd.Function):
     """A step, which keeps for its backward pass one small integer for each agent, and its generator."""
 
@@ -227,43 +244,10 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        rates, *saved = ctx.saved_tensors
-        with torch.no_grad():
-            before = _Step._before(ctx.epidemic, ctx.noise, grads, *saved)
-        if torch.is_grad_enabled():
-            before = _once_only(before, rates, grads)
+        # A node takes a tenth of a small step. Without a graph of the gradient there is no need for one.
+        before_of = _StepGradient.apply if torch.is_grad_enabled() else _StepGradient.forward
+        before = before_of(ctx.epidemic, ctx.noise, *grads[:4], *ctx.saved_tensors)
         return *before, *[None] * 7
-
-    @staticmethod
-    def _before(
-        epidemic: _Epidemic,
-        noise: torch.Generator,
-        grads: Sequence[Tensor | None],
-        code: Tensor,
-        chain: Tensor,
-        *tiles: Tensor,
-    ) -> tuple[Tensor, ...]:
-        shape = code.shape
-        states = [torch.zeros(shape, **epidemic.kind) if grad is None else grad for grad in grads[:2]]
-        counts = [chain.new_zeros(shape[1]) if grad is None else grad for grad in grads[2:4]]
-        # The gradient by a sum over agents is one by each of them.
-        tiles += tuple(_tile(count, epidemic.rows) for count in counts)
-        before_infected, before_recovered, by_contacts = (torch.empty(shape, **epidemic.kind) for _ in range(3))
-        by_rates = []
-        states += [before_infected, before_recovered, by_contacts, code]
-        generator = noise.clone_state()
-        for *tile, of_i, of_r, i, r, before_i, before_r, by_n, c in epidemic.blocks(tiles, *states):
-            choices = _choices(epidemic, epidemic.uniform(generator, c.shape), tile, c)
-            i, r = i + of_i, r + of_r
-            torch.mul(i, choices.by_contacts, out=by_n)
-            lost = i * choices.catches
-            torch.sub(r, lost, out=before_r)
-            torch.sub(i, lost, out=before_i)
-            r.sub_(i)
-            before_i.addcmul_(r, choices.recovers)
-            by_rates.append(torch.stack([choices.contacts.mul_(by_n).sum(0), r.mul_(choices.by_logit).sum(0)]))
-        epidemic.graph.add_sum(before_infected, by_contacts, transposed=True)
-        return before_infected, before_recovered, sum(by_rates) * chain
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -284,22 +268,43 @@ class _Step(torch.autograd.Function):
         return now_infected, now_recovered, now_infected.sum(0), now_recovered.sum(0), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        # Not asked in the vmap over tangents of forward mode, in which the states are no batch.
-        raise NotImplementedError(
-            "sir takes any batch of parameters, (*batch, 3), and has no rule for torch.vmap: call it on the batch"
-        )
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> NoReturn:
+        _no_vmap()
 
 
-class _OnceOnly(torch.autograd.Function):
-    """Gradients, in a graph that refuses to be differentiated."""
+class _StepGradient(torch.autograd.Function):
+    """The backward pass of a step: a node that refuses second derivatives.
 
-    @staticmethod
-    def forward(grad: Tensor, *of: Tensor) -> Tensor:
-        return grad.clone()
+    Torch's transforms hand plain tensors to nodes alone, and sparse products take no others.
+    """
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        epidemic, noise, by_infected, by_recovered, by_n_infected, by_n_recovered, _, code, chain, *tiles = inputs
+        shape = code.shape
+        states = [torch.zeros(shape, **epidemic.kind) if x is None else x for x in (by_infected, by_recovered)]
+        counts = [chain.new_zeros(shape[1]) if x is None else x for x in (by_n_infected, by_n_recovered)]
+        # The gradient by a sum over agents is one by each of them.
+        tiles += [_tile(count, epidemic.rows) for count in counts]
+        before_infected, before_recovered, by_contacts = (torch.empty(shape, **epidemic.kind) for _ in range(3))
+        by_rates = []
+        states += [before_infected, before_recovered, by_contacts, code]
+        generator = noise.clone_state()
+        for *tile, of_i, of_r, i, r, before_i, before_r, by_n, c in epidemic.blocks(tiles, *states):
+            choices = _choices(epidemic, epidemic.uniform(generator, c.shape), tile, c)
+            i, r = i + of_i, r + of_r
+            torch.mul(i, choices.by_contacts, out=by_n)
+            lost = i * choices.catches
+            torch.sub(r, lost, out=before_r)
+            torch.sub(i, lost, out=before_i)
+            r.sub_(i)
+            before_i.addcmul_(r, choices.recovers)
+            by_rates.append(torch.stack([choices.contacts.mul_(by_n).sum(0), r.mul_(choices.by_logit).sum(0)]))
+        epidemic.graph.add_sum(before_infected, by_contacts, transposed=True)
+        return before_infected, before_recovered, sum(by_rates) * chain
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         pass
 
     @staticmethod
@@ -309,10 +314,36 @@ class _OnceOnly(torch.autograd.Function):
             "sampler that needs first derivatives only"
         )
 
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> NoReturn:
+        raise NotImplementedError(
+            "sir has no rule for torch.vmap over gradients, as in torch.func.jacrev: take "
+            "torch.func.jacfwd(..., randomness='same')"
+        )
 
-def _once_only(grads: Sequence[Tensor], rates: Tensor, of: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    others = [x for x in of if x is not None]
-    return tuple(_OnceOnly.apply(grad, rates, *others) for grad in grads)
+
+class _Batch(torch.autograd.Function):
+    """The parameters as they are, of which :func:`torch.vmap` is told what to do before any random number is drawn."""
+
+    @staticmethod
+    def forward(theta: Tensor) -> Tensor:
+        return theta.view_as(theta)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # type: ignore[override]
+        return tangent.view_as(tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> NoReturn:
+        _no_vmap()
 
 
 def _start(fraction: Tensor, epidemic: _Epidemic) -> _State:
@@ -353,12 +384,19 @@ def _constants(rates: Tensor, tau: float, n_rows: int) -> tuple[Tensor, ...]:
 
 
 def _check_theta(theta: Any) -> None:
-    if not isinstance(theta, Tensor):
-        raise TypeError(f"theta must be a tensor of floats of shape (*batch, 3), got a {type(theta).__name__}")
-    if theta.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"theta must be of float32 or float64, got {theta.dtype}: use theta.float()")
+    float_tensor("theta", theta)
     if theta.dim() == 0 or theta.shape[-1] != 3:
         raise ValueError(
             f"theta has shape {shape_text(theta.shape)}, expected (*batch, 3): log10 of the initial fraction, beta and "
             "gamma in the last dimension"
+        )
+
+
+def _check_contacts(graph: Graph, dtype: torch.dtype) -> None:
+    limit = _MOST_CONTACTS[dtype]
+    if graph.max_in_degree >= limit:
+        remedy = "take float64, theta.double()" if dtype == torch.float32 else "take a sparser graph"
+        raise ValueError(
+            f"graph has an agent with {graph.max_in_degree} contacts, of which a step counts fewer than {limit} in "
+            f"{dtype}: {remedy}"
         )
