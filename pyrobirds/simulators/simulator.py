@@ -436,7 +436,7 @@ class SimulatorSite(TorchDistribution):
 
     @property
     def cause(self) -> str:
-        """What made runs of the last call fail, if it is known: an exception, or a loss that is not finite by itself."""
+        """What made runs of the last call fail, if that is known: an exception, or a loss that is not finite."""
         simulator = self.run.simulator
         if simulator.last_exception or self._loss_failed is None or not bool(self._loss_failed.any()):
             return simulator.last_exception
