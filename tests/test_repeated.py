@@ -167,7 +167,7 @@ def test_nuts_draws_from_the_posterior_of_the_frozen_walk(w: float) -> None:
     mean = (grid * mass).sum()
     variance = ((grid - mean).square() * mass).sum()
     start = init_to_value(values={"theta": torch.tensor(-1.0)})
-    mcmc = MCMC(NUTS(model, init_strategy=start), num_samples=400, warmup_steps=200, disable_progbar=True)
+    mcmc = MCMC(NUTS(model, init_strategy=start), num_samples=600, warmup_steps=200, disable_progbar=True)
     mcmc.run(WALK)
     draws, found = mcmc.get_samples()["theta"], mcmc.diagnostics()
     ess = float(found["theta"]["n_eff"])
